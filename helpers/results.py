@@ -77,6 +77,7 @@ class Results:
 
     def __init__(self, notebook: str):
         self.notebook = notebook
+        self.folder = output_folder()
         self.metrics: dict[str, dict[str, Any]] = {}
         self.criteria: dict[str, dict[str, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""Tests that need a GPU are deselected where there is none, in one line; so are those that need llama.cpp unless asked."""
+"""Tests marked gpu are deselected where there is no GPU, those marked llamacpp unless asked for: one line says so."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header() -> str:
-    return "GPU: " + ("yes" if _gpu() else "none; tests marked gpu are deselected, kernels run under Triton's interpreter")
+    return "GPU: " + ("yes" if _gpu() else "none; gpu tests are deselected, kernels run in Triton's interpreter")

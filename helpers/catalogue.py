@@ -1,0 +1,88 @@
+"""The notebooks that exist: their letters, titles, parameters and what their last committed runs took."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .environment import ROOT, SetupError
+
+
+@dataclass
+class Notebook:
+    """One source ``notebooks/<letter>_<name>.py`` in jupytext's percent format."""
+
+    letter: str
+    path: Path
+    title: str
+    needs: str
+    parameters: dict[str, Any]
+
+
+def notebooks() -> list[Notebook]:
+    """Every notebook source, by letter."""
+    return [_read(path) for path in sorted((ROOT / "notebooks").glob("[A-Z]_*.py"))]
+
+
+def chosen(letters: list[str]) -> list[Notebook]:
+    """The notebooks of these letters, all of them for none.
+
+    Raises:
+        SetupError: a letter that no notebook has.
+    """
+    known = {notebook.letter: notebook for notebook in notebooks()}
+    wanted = [letter.upper() for letter in letters] or list(known)
+    for letter in wanted:
+        if letter not in known:
+            raise SetupError(f"there is no notebook {letter!r}; there are {', '.join(known)}")
+    return [known[letter] for letter in wanted]
+
+
+def checked_parameters(pairs: list[list[str]], among: list[Notebook]) -> dict[str, Any]:
+    """``-p NAME VALUE`` pairs as Python values.
+
+    Raises:
+        SetupError: a name that none of the notebooks has as a parameter.
+    """
+    known = sorted({name for notebook in among for name in notebook.parameters})
+    values = {}
+    for name, text in pairs:
+        if name not in known:
+            raise SetupError(f"no chosen notebook has a parameter {name!r}; there are {', '.join(known)}")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def last_results(letter: str, rehearsal: bool = False) -> dict[str, Any] | None:
+    """The committed results of a notebook's last promoted run."""
+    path = ROOT / "figures" / f"{letter}_results{'_t4rehearsal' if rehearsal else ''}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def main() -> int:
+    for notebook in notebooks():
+        print(f"{notebook.letter}  {notebook.title}\n   needs: {notebook.needs}")
+        print(f"   parameters: {', '.join(f'{k}={v!r}' for k, v in notebook.parameters.items())}")
+        for rehearsal in (False, True):
+            if done := last_results(notebook.letter, rehearsal):
+                print(f"   took {done['minutes']:.1f} min, {done['peak_gib']:.1f} GiB on {done['environment']['machine']}")
+    return 0
+
+
+def _read(path: Path) -> Notebook:
+    text = path.read_text(encoding="utf-8")
+    title = re.search(r"^# # (.+)$", text, re.M)
+    needs = re.search(r"^# \*\*Needs:\*\* (.+)$", text, re.M)
+    cell = re.search(r'^# %% tags=\["parameters"\]\n(.*?)(?=^# %%|\Z)', text, re.M | re.S)
+    parameters = {}
+    for node in ast.parse(cell[1]).body if cell else []:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            parameters[node.targets[0].id] = ast.literal_eval(node.value)
+    return Notebook(path.name[0], path, title[1] if title else path.stem, needs[1] if needs else "", parameters)

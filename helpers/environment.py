@@ -1,0 +1,144 @@
+"""Sets up the Python environment of a bare clone. Standard library only: it runs before anything is installed.
+
+Inside an active virtual environment, on Kaggle and on Colab the running Python is used; elsewhere ``.venv`` beside
+this package is made and filled from requirements.txt. Where the pins are satisfied nothing is installed, so an
+offline machine that has them works. torch and triton belong to the host: any version from 2.9 on is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST, NEWEST = (3, 11), (3, 13)
+HOST_OWNED = {"torch": (2, 9), "triton": (3, 5), "triton-windows": (3, 5)}
+FREE_GIB_NEEDED = 6
+REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)\s*([^;#]*)(?:;\s*sys_platform == \"(\w+)\")?")
+
+
+class SetupError(Exception):
+    """One line that names what is wrong and the way out."""
+
+
+def requirements(development: bool) -> list[tuple[str, str, str]]:
+    """``(name, specifier, line)`` of each requirement of this platform, the development part only when asked."""
+    found = []
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("# development") and not development:
+            break
+        match = REQUIREMENT.match(line)
+        if match and (match[3] is None or match[3] == sys.platform):
+            found.append((match[1], match[2].strip(), line))
+    return found
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """``'2.13.0+cpu'`` to ``(2, 13, 0)``."""
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0]))
+
+
+def satisfied(name: str, specifier: str) -> bool:
+    """Whether the running Python has ``name`` as required; see HOST_OWNED for what any recent version satisfies."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = numbers(version(name))
+    except PackageNotFoundError:
+        return False
+    if name in HOST_OWNED:
+        return installed >= HOST_OWNED[name]
+    for part in filter(None, (p.strip() for p in specifier.split(","))):
+        wanted = numbers(part.lstrip("=<>"))
+        if part.startswith("==") and installed[: len(wanted)] != wanted:
+            return False
+        if part.startswith(">=") and installed < wanted:
+            return False
+        if part.startswith("<") and installed >= wanted:
+            return False
+    return True
+
+
+def missing(development: bool) -> list[str]:
+    """Requirement lines that the running Python does not satisfy."""
+    return [line for name, spec, line in requirements(development) if not satisfied(name, spec)]
+
+
+def uses_running_python() -> bool:
+    """True in an active virtual environment and on hosts that bring their own (Kaggle, Colab)."""
+    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "COLAB_RELEASE_TAG" in os.environ
+    return hosted or sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
+
+
+def ready_python(development: bool = False) -> str:
+    """Path of a Python that satisfies the pins, set up on the way if need be.
+
+    Raises:
+        SetupError: Python out of range, no disk, no network, a failed install.
+    """
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        raise SetupError(
+            "Python {}.{} runs this; 3.11 to 3.13 is needed. Start it as `python3.12 -m helpers ...`.".format(
+                *sys.version_info[:2]
+            )
+        )
+    if uses_running_python():
+        python, lines = sys.executable, missing(development)
+    else:
+        python = str(ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+        lines = _missing_in(python, development)
+        if lines is None:
+            _make_venv()
+            lines = [line for _, _, line in requirements(development)]
+    if lines:
+        _install(python, lines)
+    return python
+
+
+def _missing_in(python: str, development: bool) -> list[str] | None:
+    """Unsatisfied lines as another Python sees them; None where it does not start."""
+    command = [python, "-m", "helpers.environment"] + ["--development"] * development
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.splitlines() if done.returncode == 0 else None
+
+
+def _make_venv() -> None:
+    free = shutil.disk_usage(ROOT).free / 1024**3
+    if free < FREE_GIB_NEEDED:
+        raise SetupError(f"{free:.1f} GiB of disk are free at {ROOT}; {FREE_GIB_NEEDED} GiB are needed to set up")
+    print("making .venv", flush=True)
+    shutil.rmtree(ROOT / ".venv", ignore_errors=True)
+    done = subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")], capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(ROOT / ".venv", ignore_errors=True)
+        raise SetupError(f"could not make .venv: {(done.stderr or done.stdout).strip()[-300:]}")
+
+
+def _install(python: str, lines: list[str]) -> None:
+    print(f"installing {len(lines)} requirements (about 2 minutes from nothing)", flush=True)
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *lines],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+        network = any(word in done.stderr for word in ("Connection", "resolve", "Network", "timed out"))
+        hint = "is there a network?" if network else "install the line by hand to see why"
+        raise SetupError(f"pip could not install {lines[0]} ...: {errors[-1] if errors else '?'} ({hint})")
+
+
+if __name__ == "__main__":
+    if "--install" in sys.argv:
+        try:
+            ready_python()
+        except SetupError as error:
+            sys.exit(f"error: {error}")
+    else:
+        print("\n".join(missing("--development" in sys.argv)))

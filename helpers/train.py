@@ -1,0 +1,381 @@
+"""QLoRA training on TRL's ``SFTTrainer``: one function for notebooks, one command for a shell.
+
+    python3 -m helpers.train --model auto --dataset auto --steps 60
+
+Stock transformers, PEFT, TRL and bitsandbytes do the training; each part of this project plugs in by a flag and comes
+out again when the run ends. Every run logs one line a step, writes it as CSV, and saves the adapter in PEFT's format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from . import checkpoints, host
+from .instruction_data import load_instructions
+from .memory import MemoryTimeline, peak_gib
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
+PROMPT = "In Python's standard library, what does `textwrap.wrap` do?"
+
+
+def _flag(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class TrainArguments:
+    """Everything a run can be told. ``None`` and ``auto`` are decided by the device, and the run says how."""
+
+    model: str = _flag("auto", "auto, embedded, shape:llama-3.2-1b, shape:llama-3.1-8b, a Hub id or a folder")
+    dataset: str = _flag("auto", "auto, python-docs, oig, random:LOW-HIGH, a .jsonl file or a Hub id")
+    output_dir: str = _flag("runs/train", "adapter, checkpoints and train_log.csv go here")
+    steps: int | None = _flag(None, "optimizer steps (60 on a GPU, 6 without)")
+    batch_size: int | None = _flag(None, "rows a device and micro-step (2 on a GPU, 1 without)")
+    accumulation: int | None = _flag(None, "micro-steps an optimizer step (4 on a GPU, 1 without)")
+    max_length: int | None = _flag(None, "tokens a row is cut at (2048 on a GPU, 256 without)")
+    learning_rate: float = _flag(2e-4, "peak of the linear schedule, after one step of warm-up")
+    lora_rank: int = _flag(16, "rank of LoRA on the seven projections; alpha is twice the rank")
+    dtype: str = _flag("auto", "compute in float32, bfloat16 or float16; auto goes by the GPU's capability")
+    nf4: str = _flag("auto", "who decodes 4-bit weights: triton (one kernel), bitsandbytes; auto: triton on a GPU")
+    loss: str = _flag("auto", "trl (its fused head, GPU only) or full (all logits); auto: trl on a GPU")
+    checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
+    optimizer: str = _flag("adamw_torch", "any name that TrainingArguments.optim takes, e.g. adamw_8bit")
+    save_steps: int = _flag(0, "write a checkpoint every so many steps; 0: only the adapter, at the end")
+    resume: bool = _flag(False, "go on from the last whole checkpoint in output_dir")
+    deterministic: bool = _flag(True, "the same losses again on the same machine, at a few percent of speed")
+    prompt: str = _flag(PROMPT, "answered before and after training; empty: not asked")
+    seed: int = _flag(3407, "of weights, data order and everything random")
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves: ``rows`` as logged (COLUMNS), peaks in GiB, answers, and the folder of the adapter."""
+
+    rows: list[dict[str, float]]
+    label: str
+    output_dir: Path
+    peak_allocated_gib: float
+    peak_reserved_gib: float
+    timeline: list[dict[str, float]]
+    answer_before: str = ""
+    answer_after: str = ""
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows]
+
+    @property
+    def median_step_s(self) -> float:
+        """Median seconds a step, the first left out (it compiles and warms up)."""
+        return float(np.median([row["step_s"] for row in self.rows[1:] or self.rows]))
+
+
+class StepLog(TrainerCallback):
+    """Prints and keeps one line a step, in torchtitan's order: step, loss, grad_norm, memory, tokens a second."""
+
+    def __init__(self, path: Path, keep_up_to: int):
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+        self.started = 0.0
+        self.tokens = 0
+        if keep_up_to and path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+            self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= keep_up_to]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        seconds = time.perf_counter() - self.started  # the loss was just read off the device: work is done
+        seen = int(logs.get("num_tokens", 0))
+        row = dict(zip(COLUMNS, (
+            state.global_step, logs["loss"], float(logs.get("grad_norm", float("nan"))), round(peak_gib()[0], 3),
+            round((seen - self.tokens) / seconds, 1), round(seconds, 4),
+        ), strict=True))  # fmt: skip
+        self.tokens = seen
+        self.rows.append(row)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        print(
+            f"step: {row['step']:3d}  loss: {row['loss']:8.5f}  grad_norm: {row['grad_norm']:7.4f}  "
+            f"memory: {row['memory_gib']:6.2f} GiB  tps: {row['tokens_per_s']:,.0f}",
+            flush=True,
+        )
+
+
+class QLoRATrainer(SFTTrainer):
+    """``SFTTrainer`` with float32 adapters and checkpoints that appear whole or not at all."""
+
+    def __init__(self, model, loss: str, **kwargs):
+        self.loss_path = loss
+        adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model, **kwargs)
+        self.remove_callback(PrinterCallback)  # StepLog prints
+        # TRL rounds adapters of a quantised model to bfloat16 (peft#2889); GradScaler has no bfloat16 unscale.
+        for name, parameter in self.model.named_parameters():
+            if name in adapters:
+                parameter.data = adapters[name]
+        self._saving_into: str | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.loss_path == "trl":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        if model.training:
+            seen = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += seen
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        # Trainer's own: the model's logits and its float32 cross entropy, past SFTTrainer's fused head.
+        return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_output_dir(self, trial):
+        return self._saving_into or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        name = f"checkpoint-{self.state.global_step}"
+        final = Path(self.args.output_dir) / name
+        self._saving_into = str(final.parent / "partial")
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                os.replace(Path(self._saving_into) / name, final)
+                os.rmdir(self._saving_into)
+                rotate_checkpoints(self.args.output_dir, save_total_limit=self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._saving_into = None
+
+
+def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
+    """Fine-tune with QLoRA and return what was measured; the adapter is in ``args.output_dir``.
+
+    Raises:
+        ValueError: an argument that cannot be honoured, before anything is loaded or written.
+    """
+    args = _decided(args)
+    resume_from = _checked_output(args)
+    host.quiet()
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    base = checkpoints.load_base(args.model, DTYPES[args.dtype])
+    rows = load_instructions(args.dataset, vocab_size=base.model.config.vocab_size, seed=args.seed)
+    model = checkpoints.attach_lora(base.model, args.lora_rank)
+    prompt = "" if base.random_weights else args.prompt
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    log = StepLog(output_dir / "train_log.csv", keep_up_to=_step_of(resume_from))
+
+    with _deterministic(args.deterministic), nf4_decoder(model, args.nf4):
+        trainer = QLoRATrainer(
+            model,
+            loss=args.loss,
+            args=_trainer_config(args),
+            train_dataset=rows,
+            processing_class=base.tokenizer,
+            callbacks=[log, *(callbacks or [])],
+        )
+        print(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args)), flush=True)
+        before = answer(model, base.tokenizer, prompt)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with MemoryTimeline() as timeline:
+            trainer.train(resume_from_checkpoint=resume_from)
+        allocated, reserved = peak_gib()
+        after = answer(model, base.tokenizer, prompt)
+        trainer.save_model(args.output_dir)
+    print(f"peak memory: {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; adapter in {args.output_dir}")
+    return TrainResult(log.rows, base.label, output_dir, allocated, reserved, timeline.rows, before, after)
+
+
+@contextlib.contextmanager
+def nf4_decoder(model: torch.nn.Module, choice: str) -> Iterator[None]:
+    """Decode the 4-bit weights of ``model`` by ``triton`` (helpers/nf4_linear.py) or by ``bitsandbytes``' own path."""
+    if choice == "bitsandbytes":
+        yield
+        return
+    from .nf4_linear import triton_nf4
+
+    with triton_nf4(model):
+        yield
+
+
+def active_parts(trainer: QLoRATrainer, args: TrainArguments) -> list[str]:
+    """What is switched on, read off the model and the trainer themselves, for the first line of a run."""
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trainable)
+    decoder = "Triton kernel" if args.nf4 == "triton" else "bitsandbytes"
+    rows = trainer.args.per_device_train_batch_size
+    return [
+        f"NF4 decoded by {decoder}",
+        f"{args.dtype} compute",
+        f"LoRA {trainable[0].dtype}".replace("torch.", "") + f" {count / 1e6:.1f} M parameters",
+        "checkpointing" if trainer.model.is_gradient_checkpointing or trainer.args.gradient_checkpointing
+        else "no checkpointing",
+        f"{trainer.loss_path} loss",
+        f"attention {trainer.model.config._attn_implementation}",
+        f"batch {rows} x {trainer.args.gradient_accumulation_steps}",
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def answer(model: torch.nn.Module, tokenizer: Any, prompt: str, new_tokens: int = 48) -> str:
+    """The model's greedy answer to ``prompt`` in its chat template; leaves random state and mode as they were."""
+    if not prompt:
+        return ""
+    training = model.training
+    model.eval()
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    autocast = torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
+    with autocast:
+        output = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    model.train(training)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _decided(args: TrainArguments) -> TrainArguments:
+    """Fill in what the device decides and refuse what cannot be honoured."""
+    gpu = torch.cuda.is_available()
+    values = dict(vars(args))
+    for name, on_gpu, on_cpu in (
+        ("steps", 60, 6), ("batch_size", 2, 1), ("accumulation", 4, 1), ("max_length", 2048, 256)
+    ):  # fmt: skip
+        if values[name] is None:
+            values[name] = on_gpu if gpu else on_cpu
+    for name in ("steps", "batch_size", "accumulation", "max_length", "lora_rank"):
+        if values[name] < 1:
+            raise ValueError(f"--{name} is {values[name]}; it must be at least 1")
+    if values["dtype"] == "auto":
+        values["dtype"] = str(checkpoints.default_dtype()).removeprefix("torch.")
+    if values["dtype"] not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if values["dtype"] == "float16" and not gpu:
+        raise ValueError("--dtype float16 trains on a GPU only (GradScaler); use float32 or bfloat16 here")
+    # TRL launches its Triton loss kernel on CPU tensors too wherever triton can be imported.
+    values["loss"] = _choice("loss", values["loss"], {"trl": gpu, "full": True})
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if values["nf4"] == "auto" and not gpu:
+        values["nf4"] = "bitsandbytes"  # the interpreter is right, and slow
+    values["nf4"] = _choice("nf4", values["nf4"], {"triton": gpu or interpreted, "bitsandbytes": True})
+    return TrainArguments(**values)
+
+
+def _choice(flag: str, value: str, possible: dict[str, bool]) -> str:
+    """``value``, or the first that is possible here for ``auto``; an error names what else can be asked for."""
+    if value == "auto":
+        return next(name for name, here in possible.items() if here)
+    if value not in possible:
+        raise ValueError(f"--{flag} {value!r} is not one of auto, {', '.join(possible)}")
+    if not possible[value]:
+        raise ValueError(f"--{flag} {value} needs a GPU; here: {', '.join(n for n, here in possible.items() if here)}")
+    return value
+
+
+def _checked_output(args: TrainArguments) -> str | None:
+    """The checkpoint to resume from, if any; refuses to write over a run's checkpoints."""
+    folder = Path(args.output_dir)
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    if args.resume and last is None:
+        raise ValueError(f"--resume: there is no checkpoint in {folder}; train with --save_steps first")
+    if last and not args.resume:
+        raise ValueError(f"{folder} holds checkpoints of an earlier run; add --resume, or give another --output_dir")
+    return last
+
+
+def _step_of(checkpoint: str | None) -> int:
+    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def _trainer_config(args: TrainArguments) -> SFTConfig:
+    return SFTConfig(
+        output_dir=args.output_dir,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
+        max_steps=args.steps,
+        max_length=args.max_length,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=1,
+        logging_steps=1,
+        optim=args.optimizer,
+        gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if args.checkpointing else None,
+        bf16=args.dtype == "bfloat16",
+        fp16=args.dtype == "float16",
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        save_total_limit=2,
+        seed=args.seed,
+        data_seed=args.seed,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_nan_inf_filter=False,
+    )
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels where PyTorch has them (SDPA's backward adds atomically otherwise); undone on exit."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor twice
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def main(argv: list[str] | None = None) -> int:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(TrainArguments, prog="python3 -m helpers.train", description=__doc__.split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    try:
+        result = train(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result.answer_before:
+        print(f"asked:  {args.prompt}\nbefore: {result.answer_before}\nafter:  {result.answer_after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
