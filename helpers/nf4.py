@@ -115,7 +115,11 @@ def _planes(scale, FP4: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr, ROUN
     return planes[0][:, None], planes[1][:, None]
 
 
-@triton.jit
+# Nothing is assumed of the alignment of the statistics, which are read element by element.
+@triton.jit(
+    do_not_specialize=["n_elements"],
+    do_not_specialize_on_alignment=["absmax_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr"],
+)
 def dequantize_kernel(
     packed_ptr,  # 4-bit codes, any dtype, read as bytes or as 32-bit words
     absmax_ptr,  # uint8 codes of the scales if NESTED, else the fp32 scales
@@ -135,7 +139,7 @@ def dequantize_kernel(
     ROUND_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    GROUP: tl.constexpr = min(BLOCKSIZE, 64)
+    GROUP: tl.constexpr = 64 if BLOCKSIZE > 64 else BLOCKSIZE
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     block = group // (BLOCKSIZE // GROUP)
     inside = None if EVEN else group * GROUP < n_elements
@@ -202,33 +206,21 @@ def dequantize_kernel(
 INTERPRETED = not isinstance(dequantize_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: the kernel runs on the CPU
 
 
-def _launch_options(n: int, blocksize: int, dtype: torch.dtype, words: bool, capability: tuple[int, int]) -> dict:
-    """Compile-time choices for `n` elements. `words`: input and output are aligned to 4 bytes."""
+def launch_options(n: int, blocksize: int, dtype: torch.dtype, words: bool, capability: tuple[int, int]) -> dict:
+    """Compile-time choices for `n` elements; `words`: the packed weight and the output are aligned to 4 bytes."""
     group = min(blocksize, 64)
     if INTERPRETED:  # a program costs milliseconds there, whatever its size
-        groups, num_warps, asm = min(triton.next_power_of_2(triton.cdiv(n, group)), 16384), 4, False
+        groups, num_warps = min(triton.next_power_of_2(triton.cdiv(n, group)), 16384), 1
     else:
         groups, num_warps = 128, 4
-        asm = words and n % group == 0 and dtype != torch.float32
     return {
         "GROUPS": groups,
         "UNIT": 4 if words and n % 8 == 0 else 1,
         "EVEN": n % (groups * group) == 0,
-        "ASM": asm,
+        "ASM": words and n % group == 0 and dtype != torch.float32 and not INTERPRETED,
         "ROUND_BF16": dtype == torch.bfloat16 and capability < (8, 0),
         "num_warps": num_warps,
     }
-
-
-def _launch(kernel, packed, absmax, code2, absmax2, offset, out, blocksize: int, blocksize2: int, fp4: bool, options):
-    n = out.numel()
-    nested = code2 is not None
-    kernel[(triton.cdiv(n, options["GROUPS"] * min(blocksize, 64)),)](
-        packed, absmax,
-        code2 if nested else absmax, absmax2 if nested else absmax, offset if nested else absmax,
-        out, n,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=nested, FP4=fp4, **options,
-    )  # fmt: skip
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -248,10 +240,17 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    words = packed.storage_offset() * packed.itemsize % 4 == 0
-    options = _launch_options(out.numel(), int(blocksize), dtype, words, _capability(packed.device))
+    n, blocksize = out.numel(), int(blocksize)
+    options = launch_options(
+        n, blocksize, dtype, packed.storage_offset() * packed.itemsize % 4 == 0, _capability(packed.device)
+    )
     kernel = dequantize_kernel if INTERPRETED else wrap_triton(dequantize_kernel)
-    _launch(kernel, packed, absmax, code2, absmax2, offset, out, int(blocksize), int(blocksize2), fp4, options)
+    statistics = (absmax, absmax, absmax, absmax) if code2 is None else (absmax, code2, absmax2, offset)
+    grid = (triton.cdiv(n, options["GROUPS"] * min(blocksize, 64)),)
+    kernel[grid](
+        packed, *statistics, out, n,
+        BLOCKSIZE=blocksize, BLOCKSIZE2=int(blocksize2), NESTED=code2 is not None, FP4=fp4, **options,
+    )  # fmt: skip
     return out
 
 
@@ -262,78 +261,130 @@ else:
     _op = triton_op("qlora::dequantize_nf4", _dequantize, mutates_args=())
 
 
-def _check(weight: torch.Tensor, quant_state, out: torch.Tensor | None) -> None:
-    if isinstance(quant_state, (list, tuple)) or not hasattr(quant_state, "quant_type"):
+def _check(weight: torch.Tensor, quant_state, dtype: torch.dtype) -> None:
+    if not hasattr(quant_state, "quant_type"):
         raise TypeError(
             f"quant_state is a {type(quant_state).__name__}, but dequantize_nf4 needs a bitsandbytes QuantState: "
             "quantize the weight again, or load it with QuantState.from_dict"
         )
     if quant_state.quant_type not in ("nf4", "fp4"):
-        raise ValueError(
-            f"quant_type {quant_state.quant_type!r} is not 'nf4' or 'fp4': use bitsandbytes' own dequantize"
-        )
+        raise ValueError(f"quant_type {quant_state.quant_type!r} is not 'nf4' or 'fp4': decode it with bitsandbytes")
     if quant_state.blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize {quant_state.blocksize} is not one of {BLOCKSIZES}")
-    if quant_state.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"quant_state.dtype {quant_state.dtype} is not float16, bfloat16 or float32: set it to one of them"
-        )
+        raise ValueError(f"blocksize {quant_state.blocksize} is not one of bitsandbytes' {BLOCKSIZES}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype {dtype} is not float16, bfloat16 or float32: pass one of them as dtype")
     if getattr(quant_state, "packing_format_for_cpu", False):
-        raise ValueError(
-            "the weight is in bitsandbytes' packing for inference on a CPU: move it to a GPU, or save and reload it"
-        )
+        raise ValueError("the weight is packed for bitsandbytes' CPU inference: move it to a GPU, or reload the model")
     if weight.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"the weight is on {weight.device}: move the model to a GPU, or set TRITON_INTERPRET=1 before triton is "
             "imported to run the kernel on a CPU"
         )
+    if quant_state.absmax.device != weight.device:
+        raise ValueError(
+            f"the weight is on {weight.device} but its statistics are on {quant_state.absmax.device}: "
+            "call quant_state.to(weight.device)"
+        )
     shape, held = tuple(quant_state.shape), weight.numel() * weight.itemsize
     needed = (math.prod(shape) + 1) // 2
     if held < needed:
         raise ValueError(f"the weight holds {held} bytes, but shape {shape} in 4 bits needs {needed}")
-    if out is not None and (
-        out.shape != torch.Size(quant_state.shape)
-        or out.dtype != quant_state.dtype
-        or out.device != weight.device
-        or not out.is_contiguous()
-    ):
+
+
+def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
         raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device} (contiguous: {out.is_contiguous()}), but must be "
-            f"contiguous {tuple(quant_state.shape)} {quant_state.dtype} on {weight.device}"
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}, contiguous: {out.is_contiguous()}; "
+            f"it must be contiguous {shape} {dtype} on {device}"
         )
 
 
-def dequantize_nf4(weight: torch.Tensor, quant_state, out: torch.Tensor | None = None) -> torch.Tensor:
+# Compiled kernels, by everything that the compilation depends on. `compiled[grid]` looks up the device's current stream
+# and the profilers' hooks at every call, as `kernel[grid]` does, and saves binding and specializing 16 arguments.
+_RUNNERS: dict[tuple, tuple] = {}
+
+
+def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """`_dequantize` without the dispatcher, which would cost about as much as the kernel of a small weight."""
+    absmax, blocksize, device = quant_state.absmax, quant_state.blocksize, weight.device
+    shape, state2 = tuple(quant_state.shape), quant_state.state2
+    if state2 is None:
+        blocksize2, statistics = 1, (absmax, absmax, absmax, absmax)
+    else:
+        blocksize2, statistics = state2.blocksize, (absmax, state2.code, state2.absmax, quant_state.offset)
+    fp4 = quant_state.quant_type == "fp4"
+    key = (
+        weight.numel(), weight.dtype, device, shape, dtype, quant_state.quant_type, blocksize, blocksize2,
+        *[x.dtype for x in statistics],
+    )  # fmt: skip
+    runner, constants = _RUNNERS.get(key, (None, ()))
+    if runner is None:
+        _check(weight, quant_state, dtype)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        _check_out(out, shape, dtype, device)
+    n, pointers = out.numel(), weight.data_ptr() | out.data_ptr()
+    if runner is not None and pointers % 16 == 0:
+        runner(weight, *statistics, out, n, *constants)
+        return out
+    options = launch_options(n, blocksize, dtype, pointers % 4 == 0, _capability(device))
+    num_warps = options.pop("num_warps")
+    constants = (blocksize, blocksize2, state2 is not None, fp4, *options.values())
+    grid = (triton.cdiv(n, options["GROUPS"] * min(blocksize, 64)), 1, 1)
+    compiled = dequantize_kernel[grid](weight, *statistics, out, n, *constants, num_warps=num_warps)
+    if compiled is not None and pointers % 16 == 0:  # the interpreter returns None
+        _RUNNERS[key] = compiled[grid], constants
+    return out
+
+
+def dequantize_nf4(
+    weight: torch.Tensor, quant_state, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """What `bitsandbytes.functional.dequantize_4bit(weight, quant_state, out=out)` returns, bit for bit, in one launch.
 
     Args:
         weight: packed 4-bit codes of any storage dtype, [bytes, 1]; as bitsandbytes does, [1, bytes] asks for the
             transposed result.
         quant_state: bitsandbytes QuantState of type "nf4" or "fp4", nested (double quantization) or not.
-        out: optional contiguous tensor of `quant_state.shape` and `quant_state.dtype` to write to.
+        out: optional contiguous tensor to write to, [*quant_state.shape] of the output dtype.
+        dtype: float16, bfloat16 or float32; `quant_state.dtype` where not given.
 
-    Returns: [*quant_state.shape] of `quant_state.dtype` (float16, bfloat16 or float32).
+    Returns: [*quant_state.shape]. Allocates nothing else.
 
-    Raises: TypeError or ValueError where state, weight and `out` do not fit.
+    Raises: TypeError or ValueError where state, weight and `out` do not fit, before anything is launched.
     """
-    _check(weight, quant_state, out)
-    transposed = weight.shape[0] == 1
-    weight = weight.contiguous()
-    nested, state2 = quant_state.nested, quant_state.state2
-    statistics = (
-        quant_state.absmax,
-        state2.code if nested else None,
-        state2.absmax if nested else None,
-        quant_state.offset if nested else None,
-    )
-    blocksizes = (quant_state.blocksize, state2.blocksize if nested else 1)
-    fp4 = quant_state.quant_type == "fp4"
-    if out is None:
-        out = torch.ops.qlora.dequantize_nf4(
-            weight, *statistics, *blocksizes, fp4, list(quant_state.shape), quant_state.dtype
+    if not hasattr(quant_state, "state2"):
+        _check(weight, quant_state, dtype)
+    dtype = quant_state.dtype if dtype is None else dtype
+    # torch.compile and dispatch modes (fake tensors, selective checkpointing, ...) must see an operator.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        _check(weight, quant_state, dtype)
+        state2 = quant_state.state2
+        result = torch.ops.qlora.dequantize_nf4(
+            weight.contiguous(),
+            quant_state.absmax,
+            None if state2 is None else state2.code,
+            None if state2 is None else state2.absmax,
+            None if state2 is None else quant_state.offset,
+            quant_state.blocksize,
+            1 if state2 is None else state2.blocksize,
+            quant_state.quant_type == "fp4",
+            list(quant_state.shape),
+            dtype,
         )
-    else:
-        words = (weight.data_ptr() | out.data_ptr()) % 4 == 0
-        options = _launch_options(out.numel(), blocksizes[0], out.dtype, words, _capability(weight.device))
-        _launch(dequantize_kernel, weight, *statistics, out, *blocksizes, fp4, options)
-    return out.t() if transposed else out
+        if out is not None:
+            _check_out(out, tuple(quant_state.shape), dtype, weight.device)
+            result = out.copy_(result)
+        return result.t() if weight.shape[0] == 1 else result
+    # Params4bit overrides __torch_function__: without this every attribute read below costs 2 us.
+    with torch._C.DisableTorchFunctionSubclass():
+        transposed = weight.shape[0] == 1
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
+        if weight.is_cuda and weight.device.index != torch.cuda.current_device():
+            with torch.cuda.device(weight.device):
+                result = _dequantize_eager(weight, quant_state, out, dtype)
+        else:
+            result = _dequantize_eager(weight, quant_state, out, dtype)
+        return result.t() if transposed else result
