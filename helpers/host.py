@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import os
 import platform
@@ -73,7 +74,8 @@ def machine() -> str:
     cards = gpus()
     if not cards:
         return f"CPU, {os.cpu_count()} cores"
-    label = f"{len(cards)} x {cards[0]['name']}" if len(cards) > 1 else cards[0]["name"]
+    name = os.environ.get("QLORA_REHEARSAL_CARD", cards[0]["name"])
+    label = f"{len(cards)} x {name}" if len(cards) > 1 else name
     return f"T4 rehearsal on {label}" if rehearsing_t4() else label
 
 
@@ -103,6 +105,17 @@ def environment_table():
     rows += [("CUDA", facts["cuda"])] if facts["cuda"] else []
     rows += list(facts["versions"].items()) + [("commit", facts["commit"] or "not a git checkout")]
     return Markdown("\n".join(["| | |", "|---|---|"] + [f"| {key} | {value} |" for key, value in rows]))
+
+
+def prepare() -> None:
+    """What a notebook or benchmark does first: a quiet console, and a T4 rehearsal where one is asked for."""
+    quiet()
+    if rehearsing_t4():
+        from . import t4
+
+        rehearsal = t4.rehearse()
+        rehearsal.__enter__()
+        atexit.register(rehearsal.__exit__, None, None, None)
 
 
 def quiet() -> None:

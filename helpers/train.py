@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from . import checkpoints, host
 from .instruction_data import load_instructions
 from .memory import MemoryTimeline, peak_gib
+from .t4 import rehearse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
@@ -61,6 +62,7 @@ class TrainArguments:
     resume: bool = _flag(False, "go on from the last whole checkpoint in output_dir")
     deterministic: bool = _flag(True, "the same losses again on the same machine, at a few percent of speed")
     prompt: str = _flag(PROMPT, "answered before and after training; empty: not asked")
+    rehearse_t4: bool = _flag(False, "run a Tesla T4's code on the NVIDIA card at hand (helpers/t4.py)")
     seed: int = _flag(3407, "of weights, data order and everything random")
 
 
@@ -368,7 +370,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(TrainArguments, prog="python3 -m helpers.train", description=__doc__.split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses(argv)
     try:
-        result = train(args)
+        with rehearse() if args.rehearse_t4 else contextlib.nullcontext():
+            result = train(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

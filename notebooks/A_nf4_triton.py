@@ -48,7 +48,7 @@ if not GPU:
 from helpers import host
 from helpers.results import Results, save_figure
 
-host.quiet()
+host.prepare()
 results = Results("A")
 host.environment_table()
 

@@ -1,0 +1,97 @@
+"""``python3 -m helpers doctor``: what is here, and for each thing missing the next step. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from . import environment
+
+OK, MISSING = "ok     ", "MISSING"
+
+
+def main() -> int:
+    """Print one line a finding; 1 where something that `run` needs is missing."""
+    rows = [*_python(), *_packages(), *_gpu(), *_disk_and_memory(), *_hub()]
+    for state, what, step in rows:
+        print(f"{state}  {what}" + (f"\n           next: {step}" if step else ""))
+    return 1 if any(state == MISSING for state, _, _ in rows) else 0
+
+
+def _python() -> list[tuple[str, str, str]]:
+    right = environment.OLDEST <= sys.version_info[:2] <= environment.NEWEST
+    what = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return [(OK, what, "") if right else (MISSING, what, "start it with Python 3.11 to 3.13")]
+
+
+def _packages() -> list[tuple[str, str, str]]:
+    if not environment.uses_running_python():
+        made = (environment.ROOT / ".venv").is_dir()
+        return [(OK, ".venv is there; its packages are checked when a command starts", "") if made else
+                (MISSING, "no .venv yet", "python3 -m helpers run, which makes it")]  # fmt: skip
+    rows = []
+    for name, _, line in environment.requirements(development=False):
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            rows.append((MISSING, name, f'{sys.executable} -m pip install "{line.split(";")[0].strip()}"'))
+            continue
+        if environment.satisfied(name, line[len(name) :].split(";")[0]):
+            rows.append((OK, f"{name} {installed}", ""))
+        else:
+            pin = line.split(";")[0].strip()
+            rows.append((MISSING, f"{name} {installed}, pinned {pin}", f'{sys.executable} -m pip install "{pin}"'))
+    return rows
+
+
+def _gpu() -> list[tuple[str, str, str]]:
+    fields = "name,compute_cap,driver_version,memory.total,memory.free"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        lines = found.stdout.strip().splitlines() if found.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired):
+        lines = []
+    if not lines:
+        return [(OK, "no NVIDIA GPU: the kernels run in Triton's interpreter and training on the CPU", "")]
+    rows = [(OK, f"GPU {i}: {line} (name, capability, driver, memory, free)", "") for i, line in enumerate(lines)]
+    rows += [
+        (MISSING, f"GPU {i} is older than capability 7.5, which Triton needs", "use a Tesla T4 or later")
+        for i, line in enumerate(lines)
+        if environment.numbers(line.split(",")[1]) < (7, 5)
+    ]
+    try:
+        import torch
+    except ImportError:
+        return rows
+    if torch.version.cuda is None:
+        step = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        rows.append((MISSING, f"torch {torch.__version__} is a CPU build beside a GPU", step))
+    elif not torch.cuda.is_available():
+        step = f"update the NVIDIA driver to one that serves CUDA {torch.version.cuda}"
+        rows.append((MISSING, "torch cannot start CUDA", step))
+    return rows
+
+
+def _disk_and_memory() -> list[tuple[str, str, str]]:
+    free = shutil.disk_usage(environment.ROOT).free / 1024**3
+    what = f"{free:.0f} GiB of disk free"
+    rows = [(OK, what, "") if free >= environment.FREE_GIB_NEEDED else
+            (MISSING, what, f"free some: {environment.FREE_GIB_NEEDED} GiB are needed to set up")]  # fmt: skip
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024**3
+        rows.append((OK, f"{gib:.1f} GiB of memory free", ""))
+    return rows
+
+
+def _hub() -> list[tuple[str, str, str]]:
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return [(OK, "the Hugging Face Hub does not answer: the embedded model and data are used", "")]
+    return [(OK, "the Hugging Face Hub answers", "")]

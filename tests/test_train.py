@@ -1,0 +1,134 @@
+"""The trainer: same losses again, exact resume, whole checkpoints, adapters that stock PEFT loads."""
+
+from __future__ import annotations
+
+import csv
+import os
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from helpers import checkpoints, merge
+from helpers.train import QLoRATrainer, TrainArguments, main, train
+
+TINY = {"model": "shape:tiny", "dataset": "random:8-40x64", "max_length": 40, "lora_rank": 4, "learning_rate": 1e-2}
+
+
+def run(folder, **more):
+    return train(TrainArguments(output_dir=str(folder), **(TINY | {"steps": 4} | more)))
+
+
+def test_two_runs_give_the_same_losses(tmp_path):
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    assert first.losses == second.losses and len(first.losses) == 4
+    assert first.losses[-1] != first.losses[0]
+
+
+def test_resume_equals_no_interruption(tmp_path):
+    whole = run(tmp_path / "whole", save_steps=2)
+
+    class Killed(BaseException):
+        pass
+
+
+    from transformers import TrainerCallback
+
+    class KillAtStep3(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise Killed
+
+    arguments = TrainArguments(output_dir=str(tmp_path / "cut"), **(TINY | {"steps": 4, "save_steps": 2}))
+    with pytest.raises(Killed):
+        train(arguments, callbacks=[KillAtStep3()])
+    resumed = run(tmp_path / "cut", save_steps=2, resume=True)
+    assert resumed.losses == whole.losses
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with open(tmp_path / "cut" / "train_log.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    """Fails while the optimizer is being saved: the half-written checkpoint is not taken for one on resume."""
+    real = QLoRATrainer._save_optimizer_and_scheduler
+
+    def full_disk(self, output_dir):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        real(self, output_dir)
+
+    monkeypatch.setattr(QLoRATrainer, "_save_optimizer_and_scheduler", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, save_steps=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert len(run(tmp_path, save_steps=2, resume=True).losses) == 4
+
+
+def test_adapter_loads_in_plain_peft_and_merges_to_plain_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoints.embedded_folder()
+    train(TrainArguments(model=str(folder), dataset="python-docs", steps=2, max_length=32, learning_rate=1e-2,
+                         output_dir=str(tmp_path / "run"), prompt=""))  # fmt: skip
+    base = checkpoints.load_base(str(folder))
+    tuned = PeftModel.from_pretrained(base.model, tmp_path / "run").eval()
+    assert all(p.dtype == torch.float32 for name, p in tuned.named_parameters() if "lora_" in name)
+    merged = AutoModelForCausalLM.from_pretrained(
+        merge.merge(str(tmp_path / "run"), str(tmp_path / "merged"), torch.float32)
+    )
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    ids = torch.randint(5, 40000, (1, 12))
+    with torch.no_grad():
+        wanted, got = tuned(ids).logits, merged(ids).logits
+        with tuned.disable_adapter():
+            untuned = tuned(ids).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+    assert (wanted - untuned).abs().max() > 0.1, "the adapter must matter for this test to mean anything"
+
+
+def test_log_line_and_csv(tmp_path, capsys):
+    result = run(tmp_path, steps=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step:")]
+    assert len(lines) == 2 and all(word in lines[0] for word in ("loss:", "grad_norm:", "memory:", "tps:"))
+    with open(tmp_path / "train_log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == result.losses
+    assert np.isfinite([float(row["grad_norm"]) for row in rows]).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"steps": 0}, "--steps is 0"),
+        ({"lora_rank": -1}, "--lora_rank is -1"),
+        ({"dtype": "int8"}, "--dtype 'int8' is not one of"),
+        ({"nf4": "cuda"}, "--nf4 'cuda' is not one of"),
+        ({"loss": "magic"}, "--loss 'magic' is not one of"),
+        ({"resume": True}, "there is no checkpoint in"),
+        ({"model": "shape:none"}, "unknown shape"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said):
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path):
+    run(tmp_path, steps=2, save_steps=2)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        run(tmp_path, steps=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a machine without a GPU")
+@pytest.mark.parametrize("flags", [{"dtype": "float16"}, {"loss": "trl"}, {"rehearse_t4": True}])
+def test_what_needs_a_gpu_says_so(tmp_path, capsys, flags):
+    arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    assert main(["--model", "shape:tiny", "--output_dir", str(tmp_path / "out"), *arguments]) == 2
+    assert "GPU" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "out")
