@@ -89,28 +89,9 @@ class NF4Tensor(torch.Tensor):
         blocks = -(-2 * tensors["packed"].numel() // encoding.row)
         return cls(-(-blocks // shards) * shards, encoding, tensors)
 
-    def unpack(self) -> tuple[torch.Tensor, QuantState]:
-        """``(packed, quant_state)`` as bitsandbytes and this project's kernels take them: uint8 (n, 1), no copy.
-
-        Only a whole (gathered) weight has them; a shard's bytes are not a matrix.
-        """
-        count = self.encoding.shape[0] * self.encoding.shape[1]
-        blocks = -(-count // self.encoding.blocksize)
-        state2 = None
-        if self.absmax2 is not None:
-            state2 = QuantState(
-                self.absmax2[: -(-blocks // NESTED_BLOCKSIZE)], code=self.code2, blocksize=NESTED_BLOCKSIZE,
-                dtype=torch.float32,
-            )  # fmt: skip
-        state = QuantState(
-            self.absmax[:blocks], torch.Size(self.encoding.shape), self.code, self.encoding.blocksize, "nf4",
-            self.encoding.dtype, self.offset, state2,
-        )  # fmt: skip
-        return self.packed[: -(-count // 2)].unsqueeze(1), state
-
     def to_params4bit(self) -> Params4bit:
         """The same bytes as bitsandbytes' own parameter, aliased."""
-        packed, state = self.unpack()
+        packed, state = unpack(self)
         return Params4bit(
             packed, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested, quant_type="nf4",
             bnb_quantized=True,
@@ -168,7 +149,28 @@ class NF4Tensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in _OPS:
             return _OPS[func](*args, **(kwargs or {}))
-        raise NotImplementedError(f"{func} is not defined on a frozen NF4 weight; decode it with NF4Tensor.unpack()")
+        raise NotImplementedError(f"{func} is not defined on a frozen NF4 weight; decode it with unpack()")
+
+
+def unpack(weight: NF4Tensor) -> tuple[torch.Tensor, QuantState]:
+    """``(packed, quant_state)`` as bitsandbytes and this project's kernels take them: uint8 (n, 1), no copy.
+
+    Only a whole (gathered) weight has them; a shard's bytes are not a matrix. A function, because torch.compile traces
+    attributes of a tensor subclass and not its methods.
+    """
+    count = weight.encoding.shape[0] * weight.encoding.shape[1]
+    blocks = -(-count // weight.encoding.blocksize)
+    state2 = None
+    if weight.absmax2 is not None:
+        state2 = QuantState(
+            weight.absmax2[: -(-blocks // NESTED_BLOCKSIZE)], code=weight.code2, blocksize=NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )  # fmt: skip
+    state = QuantState(
+        weight.absmax[:blocks], torch.Size(weight.encoding.shape), weight.code, weight.encoding.blocksize, "nf4",
+        weight.encoding.dtype, weight.offset, state2,
+    )  # fmt: skip
+    return weight.packed[: -(-count // 2)].unsqueeze(1), state
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -260,7 +262,7 @@ class NF4Linear(nn.Module):
         self.decoder = decoder
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed, state = self.weight.unpack()
+        packed, state = unpack(self.weight)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         if self.decoder == "triton":
             from .nf4_linear import nf4_linear

@@ -1,0 +1,254 @@
+"""QLoRA under FSDP2: every weight of the model, 4-bit ones included, sharded over the ranks.
+
+    start_ranks(device)                              # in every process that torchrun started
+    with one_rank_at_a_time():
+        model = ...                                  # 4-bit base + LoRA, whole, on this rank's GPU
+    trainer = Trainer(model, TrainingArguments(..., **training_arguments(config)))
+    shard_trainer(trainer, config)                   # in place: NF4 tensors, compiled blocks, fully_shard
+    trainer.train()
+
+accelerate could call ``fully_shard`` itself. We call it before ``train()``, and accelerate takes a model that is
+sharded already as it is, for three reasons: its plugin has no field for prefetching, for compiling a block in place
+before sharding it, or for a policy without ``cast_forward_inputs``, which rounds the loss's token count to 16 bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .nf4_tensor import NF4Tensor, use_nf4_tensors
+
+
+@dataclass(frozen=True)
+class FSDP2Config:
+    """FSDP2's features, each one flag.
+
+    ``param_dtype``: what weights are gathered and computed in (None: as stored); gradients are reduced in float32.
+    ``cpu_offload``: shards, their gradients and the optimizer live in host memory. ``reshard_after_forward``: free a
+    block's weights between forward and backward. ``prefetch``: blocks gathered ahead of the one that computes.
+    ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``). ``decoder``: ``triton`` or
+    ``bitsandbytes``. ``full_checkpoints``: one file that any world size reads, gathered on rank 0, instead of one a
+    rank (which any world size reads too).
+    """
+
+    param_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    reshard_after_forward: bool = True
+    prefetch: int = 1
+    compile_blocks: bool = False
+    decoder: str = "bitsandbytes"
+    full_checkpoints: bool = False
+
+
+def start_ranks(device: str = "cuda") -> torch.device:
+    """Join the process group that torchrun (or ``accelerate launch``) set up; returns this rank's device.
+
+    NCCL moves GPU tensors and gloo CPU ones, which offloading and checkpoints need beside it.
+
+    Raises:
+        RuntimeError: not started by torchrun, or more processes than GPUs on this machine.
+    """
+    if "RANK" not in os.environ:
+        raise RuntimeError(
+            "FSDP2 runs one process a GPU: start with torchrun --nproc_per_node=N -m helpers.train --fsdp2"
+        )
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and torch.cuda.device_count() < here:
+        raise RuntimeError(
+            f"{here} processes were started on a machine with {torch.cuda.device_count()} GPU(s): "
+            f"use --nproc_per_node={max(torch.cuda.device_count(), 1)}"
+        )
+    place = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo")
+    return place
+
+
+@contextlib.contextmanager
+def one_rank_at_a_time() -> Iterator[None]:
+    """Run the block rank after rank, so that host memory holds one copy of a checkpoint and not one a rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for _ in range(rank):
+        dist.barrier()
+    yield
+    for _ in range(ranks - rank):
+        dist.barrier()
+
+
+def training_arguments(config: FSDP2Config) -> dict[str, Any]:
+    """Fields of ``TrainingArguments`` (or ``SFTConfig``) that go with ``config``."""
+    kind = "FULL_STATE_DICT" if config.full_checkpoints else "SHARDED_STATE_DICT"
+    return {
+        "fsdp": True,
+        # Wrapping and loading are ours: a sharded block's class has another name than the one accelerate looks for,
+        # and a 4-bit base is loaded by each rank.
+        "fsdp_config": {"state_dict_type": kind, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False},
+        # Reduce at every micro-step: waiting would keep all gradients unsharded in float32.
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
+
+
+def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
+    """Shard a QLoRA model in place over all ranks: each decoder block, the embedding, the head, and the rest.
+
+    ``model`` is whole and on this rank's device (transformers model, with or without PEFT). Trainable weights become
+    float32, which GradScaler and the reduction want. A tied embedding stays with the root, gathered for the whole
+    step, because both its users must find it. The optimizer is made after this.
+
+    Raises:
+        RuntimeError: no process group. ValueError: nothing that is a decoder block, ranks that loaded different
+        weights, weights that cannot be sharded (named, with the way out).
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("prepare_fsdp2 needs a process group: call start_ranks() first, under torchrun")
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no decoder blocks (GradientCheckpointingLayer) to shard")
+    use_nf4_tensors(model, dist.get_world_size(), config.decoder)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _check(model)
+    if config.compile_blocks:  # after checkpointing, which wraps the call, and before FSDP2's hooks
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=True)
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **_policies(block, config))
+    if not tied:
+        fully_shard(embedding, **_policies(embedding, config))
+        # Backward starts with the head, so freeing it after forward would only gather it twice.
+        fully_shard(head, reshard_after_forward=False, **_policies(head, config))
+        head.run_gathered = lambda function, *args: function(head, *args)
+        register_fsdp_forward_method(head, "run_gathered")
+    fully_shard(model, **_policies(model, config))
+    _prefetch(blocks, config.prefetch)
+    return model
+
+
+def head_runner(head: nn.Module):
+    """``run(function, hidden, *args)`` calls ``function(head, hidden, *args)`` while the head's weight is whole.
+
+    For losses that read ``head.weight`` and never call the head, so that no hook would gather it. ``hidden`` is
+    passed as an argument because FSDP2 frees the head when its gradient is done. Unsharded heads work the same.
+    """
+    return getattr(head, "run_gathered", lambda function, *args: function(head, *args))
+
+
+def shard_trainer(trainer: Any, config: FSDP2Config) -> None:
+    """Shard ``trainer.model`` between the trainer's construction and its ``train()``, and tell accelerate so."""
+    prepare_fsdp2(trainer.model, config)
+    state = trainer.accelerator.state
+    if not trainer.is_fsdp_enabled:
+        # accelerate lists every accelerator as able to run FSDP and forgets the CPU (state.py, AcceleratorState).
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        trainer.is_fsdp_enabled = True
+
+
+class SavesAdapter:
+    """Mixin for a ``Trainer``: ``save_model`` writes PEFT's adapter files and gathers nothing but the adapter.
+
+    Trainer would gather the whole 4-bit base first (full state dict), or write no adapter at all (sharded).
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not isinstance(self.model, FSDPModule):
+            return super().save_model(output_dir, _internal_call)
+        state = gather_trainable(self.model)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
+        dist.barrier()
+        return None
+
+
+def gather_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable parameters, whole, on the CPU of rank 0 and under their names; every rank must call it."""
+    gathered = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+            if dist.get_rank() == 0:
+                gathered[name] = whole.cpu()
+    return gathered
+
+
+def frozen_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes that this rank holds of each frozen weight: of its shard once sharded, of the whole before."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            held[name] = local.frozen_bytes if isinstance(local, NF4Tensor) else local.nbytes
+    return held
+
+
+def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:
+    trains = any(p.requires_grad for p in module.parameters() if not isinstance(p, DTensor))
+    # output_dtype None keeps the loss in float32. A group without gradients takes no reduce_dtype: FSDP2 looks for
+    # accumulated gradients of one that has it, even if a fused loss never gathered the group (pytorch#194058).
+    policy = MixedPrecisionPolicy(
+        param_dtype=config.param_dtype, reduce_dtype=torch.float32 if trains else None, output_dtype=None,
+        cast_forward_inputs=False,
+    )  # fmt: skip
+    pinned = torch.cuda.is_available()
+    return {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pinned) if config.cpu_offload else OffloadPolicy()}
+
+
+def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
+        block.set_modules_to_backward_prefetch(blocks[max(i - ahead, 0) : i][::-1])
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse, on every rank alike and before anything is sharded, what would fail or go wrong later."""
+    ranks = dist.get_world_size()
+    sums = []
+    for name, parameter in model.named_parameters():
+        if not parameter.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} is stored as {parameter.dtype}; of quantised weights only NF4 ones can be sharded"
+            )
+        if parameter.requires_grad and parameter.shape[0] < ranks:
+            raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot give each of {ranks} ranks a row; "
+                             "use a larger LoRA rank or fewer processes")  # fmt: skip
+        tensors = [parameter.data]
+        if isinstance(parameter, NF4Tensor):
+            tensors = [getattr(parameter, n) for n in parameter.__tensor_flatten__()[0]]
+        sums.append(sum(t.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors))
+    mine = torch.stack(sums)
+    theirs = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(theirs, mine)
+    names = [name for name, _ in model.named_parameters()]
+    for rank, other in enumerate(theirs):
+        if not torch.equal(other, theirs[0]):
+            first = names[int((other != theirs[0]).nonzero()[0])]
+            raise ValueError(
+                f"rank {rank} loaded other weights than rank 0, first in {first}: give every rank the same checkpoint "
+                "and, for random or LoRA weights, the same seed"
+            )
