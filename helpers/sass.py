@@ -1,0 +1,135 @@
+"""Count the machine instructions of the NF4 decoders, for GPUs that are not here.
+
+Triton compiles ahead of time for any architecture with its own `ptxas` and needs no GPU for it; its `nvdisasm` shows
+the result. The decoders unroll everything, so the static count of a kernel over the elements that one thread makes is
+the work per element. `python -m helpers.sass` prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .nf4 import dequantize_kernel, launch_options
+
+CAPABILITIES = (75, 80, 90, 100)
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+def compile_ahead(kernel: triton.JITFunction, types: dict[str, str], constants: dict, capability: int, num_warps: int):
+    """Compile `kernel` for sm_`capability`.
+
+    Args:
+        types: Triton type of every run-time argument ("*u8", "*fp16", "i32"). Pointers are taken as aligned to 16 bytes
+            unless the kernel asks not to be specialized on it.
+        constants: value of every `tl.constexpr` argument.
+
+    Returns: `triton.compiler.CompiledKernel`; its `asm` holds "ttgir", "ptx" and "cubin".
+    """
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (param.num,): [["tt.divisibility", 16]]
+            for param in kernel.params
+            if types.get(param.name, "").startswith("*") and not param.do_not_specialize_on_alignment
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+def opcodes(compiled) -> list[str]:
+    """The SASS opcodes of a compiled kernel, modifiers included ("STG.E.128"), in program order, padding included."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _OPCODE.findall(listing)
+
+
+def summarize(compiled, elements: float) -> dict[str, float]:
+    """What matters of a decoder whose threads make `elements` outputs each."""
+    ops = opcodes(compiled)
+    names = Counter(op.split(".")[0] for op in ops)
+    return {
+        "instructions per element": round(len(ops) / elements, 2),
+        "16-byte stores": sum(op.startswith("STG") and ".128" in op for op in ops),
+        "other stores": sum(op.startswith("STG") and ".128" not in op for op in ops),
+        "conversions per element": round((names["F2F"] + names["F2FP"]) / elements, 2),
+        "global loads": names["LDG"],
+        "barriers": names["BAR"],
+        "spills": names["STL"] + names["LDL"],
+    }
+
+
+def compile_decoder(
+    capability: int,
+    dtype: torch.dtype,
+    *,
+    asm: bool = True,
+    quant_type: str = "nf4",
+    nested: bool = True,
+    blocksize: int = 64,
+    n: int = 2**24,
+    words: bool = True,
+):
+    """`dequantize_kernel` as `dequantize_nf4` would launch it for `n` elements: (compiled, outputs of a thread)."""
+    options = launch_options(n, blocksize, dtype, words, (capability // 10, capability % 10))
+    num_warps = options.pop("num_warps")
+    options["ASM"] = options["ASM"] and asm
+    types = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if nested else "*fp32", "n_elements": "i32"}
+    types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr"), "*fp32")
+    types["out_ptr"] = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    constants = {"BLOCKSIZE": blocksize, "BLOCKSIZE2": 256, "NESTED": nested, "FP4": quant_type == "fp4", **options}
+    compiled = compile_ahead(dequantize_kernel, types, constants, capability, num_warps)
+    return compiled, options["GROUPS"] * min(blocksize, 64) / (32 * num_warps)
+
+
+def compile_plain(capability: int, dtype: torch.dtype):
+    """The baseline of `helpers.bench_nf4`, a table load and a multiplication for every element, the same way."""
+    from .bench_nf4 import plain_kernel
+
+    types = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "n_elements": "i32"}
+    types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr", "table_ptr"), "*fp32")
+    types["out_ptr"] = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    constants = {"BLOCKSIZE": 64, "BLOCKSIZE2": 256, "STEP": 128, "STEPS": 8}
+    return compile_ahead(plain_kernel, types, constants, capability, 4), 64
+
+
+def table(capabilities: Sequence[int] = CAPABILITIES) -> list[dict]:
+    """A row for every architecture, dtype and kernel: NF4, blocks of 64, double quantization."""
+    rows = []
+    for capability in capabilities:
+        for dtype in (torch.float16, torch.bfloat16):
+            for name, (compiled, elements) in {
+                "ours, inline PTX": compile_decoder(capability, dtype),
+                "ours, Triton only": compile_decoder(capability, dtype, asm=False),
+                "plain": compile_plain(capability, dtype),
+            }.items():
+                row = {"arch": f"sm_{capability}", "dtype": str(dtype).removeprefix("torch."), "kernel": name}
+                rows.append({**row, **summarize(compiled, elements)})
+    return rows
+
+
+if __name__ == "__main__":
+    rows = table()
+    if "--json" in sys.argv:
+        print(json.dumps({"triton": triton.__version__, "rows": rows}))
+    else:
+        print(f"Triton {triton.__version__}\n")
+        print(" | ".join(rows[0]))
+        for row in rows:
+            print(" | ".join(str(value) for value in row.values()))
