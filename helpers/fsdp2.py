@@ -15,14 +15,21 @@ before sharding it, or for a policy without ``cast_forward_inputs``, which round
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -31,6 +38,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -82,6 +90,58 @@ def start_ranks(device: str = "cuda") -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo")
     return place
+
+
+def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike) -> None:
+    """Run ``python3 arguments...`` once a rank, as ``torchrun --nproc_per_node=ranks`` would, for notebooks.
+
+    Rank 0's output is shown as it comes; everything each rank says is kept under ``log_dir``.
+
+    Raises:
+        RuntimeError: a rank failed; the rest were stopped. One message names it, how it ended and its last words.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    logs = DefaultLogsSpecs(str(log_dir), redirects=Std.ALL, tee={0: Std.OUT})
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=0, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", run_id="none", logs_specs=logs, log_line_prefix_template=" ",
+    )  # fmt: skip
+    quiet = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    level = quiet.level
+    quiet.setLevel(logging.CRITICAL)  # it would tell the same failure again, at length
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        raise RuntimeError(_first_failure(error.failures, log_dir)) from None
+    finally:
+        quiet.setLevel(level)
+
+
+def _first_failure(failures: dict[int, Any], log_dir: Path) -> str:
+    """One line on the rank that failed of its own accord; those it took along only lost it or were stopped."""
+
+    def last_words(rank: int) -> str:
+        written = max(log_dir.glob(f"*/attempt_0/{rank}/stderr.log"), key=os.path.getmtime, default=None)
+        lines = written.read_text(errors="replace").splitlines() if written else []
+        raised = [m[1] for line in lines if (m := re.match(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)", line))]
+        return raised[-1] if raised else ""
+
+    def order(rank: int) -> tuple:
+        stopped = failures[rank].exitcode == -signal.SIGTERM  # by torchrun's agent, after the first failure
+        lost_peer = failures[rank].exitcode != -signal.SIGKILL and any(
+            w in last_words(rank) for w in ("peer", "DistBackendError")
+        )
+        return stopped, lost_peer, failures[rank].timestamp
+
+    rank = min(failures, key=order)
+    code = failures[rank].exitcode
+    how = f"was killed by {failures[rank].signal_name()}" if code < 0 else f"ended with code {code}"
+    why = f": {words}" if (words := last_words(rank)) else ""
+    return (
+        f"rank {rank} {how}{why} (logs in {log_dir}); the other ranks were stopped, --resume goes on from a checkpoint"
+    )
 
 
 @contextlib.contextmanager
