@@ -81,12 +81,11 @@ def ours(groups: int, num_warps: int, asm: bool) -> Decoder:
 
     def decode(weight, state):
         out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
-        options = launch_options(out.numel(), 64, state.dtype, True, torch.cuda.get_device_capability())
+        options = launch_options(out.numel(), state.dtype, torch.cuda.get_device_capability())
         options |= {"GROUPS": groups, "num_warps": num_warps, "ASM": asm, "EVEN": out.numel() % (groups * 64) == 0}
         dequantize_kernel[(triton.cdiv(out.numel(), groups * 64),)](
-            weight, state.absmax, state.state2.code, state.state2.absmax, state.offset, out, out.numel(),
-            BLOCKSIZE=64, BLOCKSIZE2=256, NESTED=True, FP4=False, **options,
-        )  # fmt: skip
+            weight, state.absmax, state.state2.code, state.state2.absmax, state.offset, out, out.numel(), **options
+        )
         return out
 
     return decode

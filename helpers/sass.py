@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from .nf4 import dequantize_kernel, launch_options
 
 CAPABILITIES = (75, 80, 90, 100)
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
@@ -75,27 +76,21 @@ def summarize(compiled, elements: float) -> dict[str, float]:
     }
 
 
-def compile_decoder(
-    capability: int,
-    dtype: torch.dtype,
-    *,
-    asm: bool = True,
-    quant_type: str = "nf4",
-    nested: bool = True,
-    blocksize: int = 64,
-    n: int = 2**24,
-    words: bool = True,
-):
-    """`dequantize_kernel` as `dequantize_nf4` would launch it for `n` elements: (compiled, outputs of a thread)."""
-    options = launch_options(n, blocksize, dtype, words, (capability // 10, capability % 10))
+def compile_decoder(capability: int, dtype: torch.dtype, *, asm: bool = True, n: int = 2**24, **choices):
+    """`dequantize_kernel` as `dequantize_nf4` would launch it for `n` elements: (compiled, outputs of a thread).
+
+    Args:
+        asm: False leaves the inline PTX out. choices: blocksize, blocksize2, fp4, words of `launch_options`.
+    """
+    options = launch_options(n, dtype, divmod(capability, 10), **choices)
     num_warps = options.pop("num_warps")
+    del options["block_shift"]
     options["ASM"] = options["ASM"] and asm
-    types = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if nested else "*fp32", "n_elements": "i32"}
+    types = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if options["NESTED"] else "*fp32"}
     types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr"), "*fp32")
-    types["out_ptr"] = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    constants = {"BLOCKSIZE": blocksize, "BLOCKSIZE2": 256, "NESTED": nested, "FP4": quant_type == "fp4", **options}
-    compiled = compile_ahead(dequantize_kernel, types, constants, capability, num_warps)
-    return compiled, options["GROUPS"] * min(blocksize, 64) / (32 * num_warps)
+    types |= {"out_ptr": f"*{_DTYPES[dtype]}", "n_elements": "i32", "block_shift": "i32"}
+    compiled = compile_ahead(dequantize_kernel, types, options, capability, num_warps)
+    return compiled, options["GROUPS"] * options["GROUP"] / (32 * num_warps)
 
 
 def compile_plain(capability: int, dtype: torch.dtype):
@@ -104,7 +99,7 @@ def compile_plain(capability: int, dtype: torch.dtype):
 
     types = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "n_elements": "i32"}
     types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr", "table_ptr"), "*fp32")
-    types["out_ptr"] = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    types["out_ptr"] = f"*{_DTYPES[dtype]}"
     constants = {"BLOCKSIZE": 64, "BLOCKSIZE2": 256, "STEP": 128, "STEPS": 8}
     return compile_ahead(plain_kernel, types, constants, capability, 4), 64
 

@@ -1,0 +1,204 @@
+"""The kernel behind `helpers.nf4`: bitsandbytes' 4-bit weights (NF4 and FP4) decoded in one Triton launch.
+
+A quantized weight is a string of 4-bit codes, high nibble first, in blocks of `blocksize` elements that share one scale
+("absmax"). With double quantization the scale is itself an 8-bit code:
+
+    scale  = fl32(fl32(code2[absmax[block]] * absmax2[block // blocksize2]) + offset)     # two roundings, never an FMA
+    weight = round_to_dtype(fl32(table[nibble] * scale))
+
+A block has only 16 possible outputs. So each lane rounds the 16 products of its own block once, splits them into byte
+planes (4 registers of low bytes, 4 of high bytes) and looks four nibbles up at a time with PTX `prmt`: per output no
+multiplication, no conversion, no memory access. fp32 outputs, odd sizes and the interpreter take the same kernel's body
+in plain Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_MAGNITUDES = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4_TABLE = _FP4_MAGNITUDES + tuple(-x for x in _FP4_MAGNITUDES)  # code 8 is -0.0, as in bitsandbytes' CUDA kernels
+
+_NF4 = tl.constexpr(NF4_TABLE)
+_FP4 = tl.constexpr(_FP4_MAGNITUDES)
+
+# Four 16-bit products -> their low bytes and their high bytes, one register each.
+_SPLIT_16 = tl.constexpr("""{
+    .reg .b32 ab, cd;
+    mov.b32 ab, {$2, $3};
+    mov.b32 cd, {$4, $5};
+    prmt.b32 $0, ab, cd, 0x6420;
+    prmt.b32 $1, ab, cd, 0x7531;
+}""")
+# The same for products that sit in the upper half of 32-bit words.
+_SPLIT_32 = tl.constexpr("""{
+    .reg .b32 ab, cd;
+    prmt.b32 ab, $2, $3, 0x7632;
+    prmt.b32 cd, $4, $5, 0x7632;
+    prmt.b32 $0, ab, cd, 0x6420;
+    prmt.b32 $1, ab, cd, 0x7531;
+}""")
+# Eight nibbles ($4) -> eight 16-bit outputs ($0..$3), from low-byte planes $5..$8 and high-byte planes $9..$12.
+# A prmt selector has 3 bits a nibble, so codes 0-7 and 8-15 are looked up apart and blended by bit 3 of the code, which
+# prmt's sign-replicating mode spreads over a byte. Memory order is high nibble first: element 0 is bits 4-7.
+_LOOKUP = tl.constexpr("""{
+    .reg .b32 select, shifted, mask, low, low8, high, high8;
+    and.b32 select, $4, 0x77777777;
+    shl.b32 shifted, $4, 4;
+    prmt.b32 mask, $4, shifted, 0x9d8c;
+    prmt.b32 low, $5, $6, select;
+    prmt.b32 low8, $7, $8, select;
+    lop3.b32 low, mask, low8, low, 0xca;
+    prmt.b32 high, $9, $10, select;
+    prmt.b32 high8, $11, $12, select;
+    lop3.b32 high, mask, high8, high, 0xca;
+    prmt.b32 $0, low, high, 0x4051;
+    prmt.b32 $1, low, high, 0x6273;
+    shr.u32 select, select, 16;
+    prmt.b32 mask, $4, shifted, 0xbfae;
+    prmt.b32 low, $5, $6, select;
+    prmt.b32 low8, $7, $8, select;
+    lop3.b32 low, mask, low8, low, 0xca;
+    prmt.b32 high, $9, $10, select;
+    prmt.b32 high8, $11, $12, select;
+    lop3.b32 high, mask, high8, high, 0xca;
+    prmt.b32 $2, low, high, 0x4051;
+    prmt.b32 $3, low, high, 0x6273;
+}""")
+
+
+@triton.jit
+def _round_bf16(x):
+    """fp32 to bf16, to nearest even, in integers: the result is the upper half of 32 bits.
+
+    For GPUs below sm_80, which have no such conversion, and Triton's interpreter, which truncates. The NaN that a GPU's
+    multiplication makes is 0x7fffffff: clamped, rounding does not carry it into the sign.
+    """
+    bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
+    return bits + ((bits >> 16) & 1) + 0x7FFF
+
+
+@triton.jit
+def _product(scale, FP4: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr, ROUND_BF16: tl.constexpr):
+    """The output for code `i`, as 16 bits (or, with ROUND_BF16, as the upper half of 32)."""
+    if FP4:
+        signed = scale * (-1.0 if i >= 8 else 1.0)  # Triton has no constant -0.0
+        product = signed * _FP4[i % 8]
+    else:
+        product = scale * _NF4[i]
+    return _round_bf16(product) if ROUND_BF16 else product.to(DTYPE).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def _planes(scale, FP4: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr, ROUND_BF16: tl.constexpr):
+    """Low and high bytes of the outputs for codes `i` to `i + 3`."""
+    a = _product(scale, FP4, i, DTYPE, ROUND_BF16)
+    b = _product(scale, FP4, i + 1, DTYPE, ROUND_BF16)
+    c = _product(scale, FP4, i + 2, DTYPE, ROUND_BF16)
+    d = _product(scale, FP4, i + 3, DTYPE, ROUND_BF16)
+    if ROUND_BF16:
+        planes = tl.inline_asm_elementwise(
+            _SPLIT_32, "=r,=r,r,r,r,r", [a, b, c, d], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        planes = tl.inline_asm_elementwise(
+            _SPLIT_16, "=r,=r,h,h,h,h", [a, b, c, d], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    return planes[0][:, None], planes[1][:, None]
+
+
+# Nothing is assumed of the alignment of the statistics, which are read element by element.
+@triton.jit(
+    do_not_specialize=["n_elements", "block_shift"],
+    do_not_specialize_on_alignment=["absmax_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr"],
+)
+def dequantize_kernel(
+    packed_ptr,  # uint8: two 4-bit codes a byte, high nibble first
+    absmax_ptr,  # uint8 codes of the scales if NESTED, else the fp32 scales
+    code2_ptr,  # [256] what a scale's code stands for
+    absmax2_ptr,  # fp32 scale of the scales, one for BLOCKSIZE2 of them
+    offset_ptr,  # [] added to every scale
+    out_ptr,
+    n_elements,
+    block_shift,  # a block is GROUP << block_shift elements
+    GROUP: tl.constexpr,  # 64, or 32 for blocks of 32
+    BLOCKSIZE2: tl.constexpr,
+    NESTED: tl.constexpr,
+    FP4: tl.constexpr,
+    GROUPS: tl.constexpr,  # runs of GROUP elements that a program makes; a lane has the table of one
+    UNIT: tl.constexpr,  # bytes read at once: 4, or 1 where size or alignment forbids
+    EVEN: tl.constexpr,  # the programs divide the weight: no masks
+    ASM: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    packed_ptr += first * (GROUP // 2)
+    out_ptr += first * GROUP
+    n_left = n_elements - first * GROUP
+    group = tl.arange(0, GROUPS)
+    block = (first + group) >> block_shift
+    inside = None if EVEN else group * GROUP < n_left
+    absmax = tl.load(absmax_ptr + block, mask=inside, eviction_policy="evict_first")
+    if NESTED:
+        code2 = tl.load(code2_ptr + absmax.to(tl.int32), mask=inside, eviction_policy="evict_last").to(tl.float32)
+        absmax2 = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=inside, eviction_policy="evict_last")
+        # fma(a, b, 0) is the rounded product, which the compiler may not contract with the sum that follows.
+        scale = tl.fma(code2, absmax2.to(tl.float32), 0.0) + tl.load(offset_ptr).to(tl.float32)
+    else:
+        scale = absmax.to(tl.float32)
+
+    if ASM:
+        if ROUND_BF16:
+            # A NaN that did not come from a multiplication (times 1.0 there is none) gets a payload that rounds safely.
+            bits = scale.to(tl.int32, bitcast=True)
+            scale = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+        low0, high0 = _planes(scale, FP4, 0, DTYPE, ROUND_BF16)
+        low4, high4 = _planes(scale, FP4, 4, DTYPE, ROUND_BF16)
+        low8, high8 = _planes(scale, FP4, 8, DTYPE, ROUND_BF16)
+        low12, high12 = _planes(scale, FP4, 12, DTYPE, ROUND_BF16)
+        word_mask = None if EVEN else inside[:, None]
+        # Four words, one 16-byte load, at a time: wider tiles make Triton spread a group over several lanes.
+        for part in tl.static_range(GROUP // 32):
+            word = group[:, None] * (GROUP // 8) + part * 4 + tl.arange(0, 4)[None, :]
+            codes = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + word, word_mask, eviction_policy="evict_first")
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                _LOOKUP,
+                "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+                [codes, low0, low4, low8, low12, high0, high4, high8, high12],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+            pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(GROUPS, 16)
+            pair = group[:, None] * (GROUP // 2) + part * 16 + tl.arange(0, 16)[None, :]
+            tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + pair, pairs, word_mask)
+    else:
+        code = tl.arange(0, 16)
+        table = tl.zeros([16], tl.float32)
+        for i in tl.static_range(16):
+            table = tl.where(code == i, _FP4[i % 8] if FP4 else _NF4[i], table)
+        if FP4:
+            table *= tl.where(code >= 8, -1.0, 1.0)
+        products = scale[:, None] * table[None, :]
+        if ROUND_BF16:
+            products = (_round_bf16(products) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        else:
+            products = products.to(DTYPE)
+        UNITS: tl.constexpr = GROUP // (2 * UNIT)
+        unit = group[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
+        if UNIT == 4:
+            packed_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
+        units = tl.load(packed_ptr + unit, None if EVEN else unit * (2 * UNIT) < n_left, eviction_policy="evict_first")
+        shifts = (tl.arange(0, 2 * UNIT) * 4) ^ 4
+        codes = (units[:, :, None].to(tl.int32) >> shifts[None, None, :]) & 15
+        weights = tl.gather(products, codes.reshape(GROUPS, GROUP), 1)
+        element = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        tl.store(out_ptr + element, weights, None if EVEN else element < n_left)
