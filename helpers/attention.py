@@ -247,7 +247,7 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
 
 @functools.cache
 def _compiled_flex(device: str) -> Callable[..., Tensor]:
-    # Inductor's C++ template replaces size symbols textually (s2 within s24 too), so on the CPU the trace runs as it is.
+    # Inductor's C++ template replaces size symbols textually (s2 within s24), so on the CPU the trace runs as it is.
     return torch.compile(flex_call, dynamic=True, fullgraph=True, backend="eager" if device == "cpu" else "inductor")
 
 
@@ -257,13 +257,14 @@ def one_graph() -> Iterator[None]:
 
     Duck shaping takes two sizes that happen to be equal for one. Inductor asks whether the queries are fewer than 128
     even where its decoding kernel is ruled out, and that question becomes a guard. A softcap held as a symbol, as
-    dynamic graphs hold floats, is refused.
+    dynamic graphs hold floats, is refused. Code shared by several models needs more graphs than Dynamo's 8.
     """
     from torch._inductor.kernel.flex import flex_attention as lowering
     from torch.fx.experimental import _config
 
+    dynamo = torch._dynamo.config.patch(specialize_float=True, recompile_limit=64)
     no_decoding = mock.patch.object(lowering, "_use_flex_decoding", lambda *a, **k: False)
-    with _config.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True), no_decoding:
+    with _config.patch(use_duck_shape=False), dynamo, no_decoding:
         yield
 
 
@@ -319,7 +320,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 @torch.compiler.assume_constant_result
 def device_capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_devicedevice_capability(device_index)
+    return torch.cuda.get_device_capability(device_index)
 
 
 def _module(name: str) -> ModuleType | None:

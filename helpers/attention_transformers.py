@@ -84,7 +84,9 @@ def _transformers_mask(
         raise ValueError("this model asks for a mask beyond window, documents and padding: take transformers' 'sdpa'")
     # Bidirectional masks are asked for with an argument of their own.
     causal = "allow_is_bidirectional_skip" not in kwargs
-    window = local_size if local_size is not None and local_size < kv_length else None
+    # Flex has one graph for all masks, so none is simplified; the others have better kernels for simpler ones.
+    flex = backend == "flex"
+    window = local_size if local_size is not None and (flex or local_size < kv_length) else None
     aligned = isinstance(q_offset, int) and q_offset == kv_offset and q_length == kv_length
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     ids = None
@@ -94,11 +96,13 @@ def _transformers_mask(
         ids = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))
         ids = ids[:, kv_offset : kv_offset + kv_length].to(torch.int32)
     # Padding on the right is beyond every real token's causal reach. One synchronisation a batch.
-    if ids is not None and backend != "flex" and not is_tracing(ids):
+    if ids is not None and not flex and not is_tracing(ids):
         unneeded = ids.diff(dim=1) <= 0 if aligned and causal else ids > 0
         if unneeded.all():
             ids = None
-    if backend != "flex" and ids is None and window is None and causal and (aligned or (q_length == 1 and last)):
+    if flex and ids is None:
+        ids = torch.zeros(batch_size, kv_length, dtype=torch.int32, device=device)
+    if ids is None and window is None and causal and (aligned or (q_length == 1 and last)):
         return None
     segments = None if ids is None else segments_of(ids)
     mask = AttentionMask(causal, window, q_offset=None if last else q_offset - kv_offset, segments=segments)

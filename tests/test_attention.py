@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 
 from helpers import attention as module
 from helpers.attention import BACKENDS, Case, attention, choose, explain, flex_call, unsupported
 from helpers.attention_mask import AttentionMask, document_ids
 from helpers.attention_transformers import REGISTERED, register
+from helpers.compiling import CompileCounter
 
 register()
 MASKS = ("causal", "window", "packed", "mixed", "padded", "decode", "bidirectional")
@@ -107,15 +107,13 @@ def test_flex_has_two_graphs_for_fifty_lengths_and_every_mask(monkeypatch):
 
     compiled = torch.compile(flex_call, dynamic=True, fullgraph=True, backend=trace_only)
     monkeypatch.setattr(module, "_compiled_flex", lambda device: compiled)
-    before = counters["stats"]["unique_graphs"]
     draw = random.Random(3407)
     lengths = [300, 1, 16, 2, 4, 128, 129, 4096] + [draw.randint(1, 4096) for _ in range(42)]
-    with torch.no_grad():
+    with torch.no_grad(), CompileCounter() as counter:
         for i, length in enumerate(lengths):
             kind = ("causal", "window", "packed", "mixed")[i % 4]
             attention(*make_qkv(kind, length), make_mask(kind, length), backend="flex")
-    assert counters["stats"]["unique_graphs"] - before <= 2
-    assert not counters["graph_break"]
+    assert counter.compiles <= 2 and counter.graph_breaks == 0, str(counter)
     torch._dynamo.reset()
 
 
@@ -333,15 +331,15 @@ def test_gpu_backends_are_the_definition(backend, kind):
 @pytest.mark.gpu
 def test_gpu_flex_trains_at_fifty_lengths_with_two_graphs():
     torch._dynamo.reset()
-    before = counters["stats"]["unique_graphs"]
     draw = random.Random(3407)
-    for i in range(50):
-        length = [300, 1, 128, 127, 64][i] if i < 5 else draw.randint(1, 4096)
-        kind = ("causal", "window", "packed", "mixed")[i % 4]
-        inputs = [x.requires_grad_() for x in make_qkv(kind, length, "cuda", torch.float16, head_dim=64)]
-        attention(*inputs, make_mask(kind, length, "cuda"), backend="flex").float().square().mean().backward()
-        assert all(x.grad.isfinite().all() for x in inputs)
-    assert counters["stats"]["unique_graphs"] - before <= 2
+    with CompileCounter() as counter:
+        for i in range(50):
+            length = [300, 1, 128, 127, 64][i] if i < 5 else draw.randint(1, 4096)
+            kind = ("causal", "window", "packed", "mixed")[i % 4]
+            inputs = [x.requires_grad_() for x in make_qkv(kind, length, "cuda", torch.float16, head_dim=64)]
+            attention(*inputs, make_mask(kind, length, "cuda"), backend="flex").float().square().mean().backward()
+            assert all(x.grad.isfinite().all() for x in inputs)
+    assert counter.compiles <= 2 and counter.graph_breaks == 0, str(counter)
 
 
 @pytest.mark.gpu
