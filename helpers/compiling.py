@@ -1,0 +1,399 @@
+"""torch.compile for a QLoRA model, in place and undone on exit: no graph break, and one graph for every length.
+
+Four regions: the embedding, the rotary frequencies, the decoder layer (attention, MLP, norms, LoRA and the decoding of
+NF4, one graph for all layers), and the final norm with the head and the loss. `CompileCounter` says what was compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters, get_compilation_metrics
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutput
+
+from .attention import one_graph
+
+IGNORED = -100
+LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
+FP16_SCALE = 1024.0  # of the loss while its gradient is made, so that small probabilities survive float16
+# Families whose forward is backbone, head, optional softcap: what the fused loss computes.
+PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
+# transformers 5.17 checkpoints in the layer's __call__, later releases in its forward.
+CHECKPOINTS_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
+
+
+@dataclass
+class CompiledModel:
+    """What :func:`compile_model` compiled: ``parts`` maps a region to "compiled" or to why it is not."""
+
+    parts: dict[str, str] = field(default_factory=dict)
+    active: bool = True
+    most_rows: int = 0
+
+
+@contextlib.contextmanager
+def compile_model(
+    model: nn.Module,
+    *,
+    backend: str | Callable = "inductor",
+    max_autotune: bool = False,
+    save_less: bool = True,
+    options: dict[str, Any] | None = None,
+) -> Iterator[CompiledModel]:
+    """Within the context the model's regions run compiled, in training and in evaluation with labels.
+
+    Generation (a forward with a cache) stays eager. Gradient checkpointing may be switched on or off at any time; it is
+    done inside the layer's graph, whose backward pass then recomputes without returning to Python. Right padding is
+    invisible to causal attention, so its mask is dropped, and a batch of one token or row is padded to two: PyTorch
+    compiles sizes 0 and 1 apart. With ``labels`` the model returns a loss and no logits.
+
+    Args:
+        model: a causal language model of transformers, plain or within PEFT, on its device, in any precision.
+        backend: of torch.compile.
+        max_autotune: let Inductor time Triton's matrix products against cuBLAS, on small GPUs too.
+        save_less: recompute what is cheap (norms, activations, casts) rather than keep it for the backward pass.
+        options: further options of Inductor.
+
+    Raises:
+        ValueError: the model has no decoder layers that this could compile.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(isinstance(x, GradientCheckpointingLayer) for x in layers):
+        raise ValueError(
+            f"{type(base).__name__} has no list of decoder layers that torch.compile could take one by one: "
+            "train it without compile"
+        )
+    options = dict(options or {})
+    if max_autotune:
+        options |= {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
+    compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options or None)
+    compiled = CompiledModel()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(one_graph())
+        if save_less:
+            stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
+        if max_autotune:
+            stack.enter_context(triton_matmul_on_small_gpus())
+        region = compile(_layer)
+        stack.enter_context(_called_as(layers, functools.partial(_call_layer, region)))
+        compiled.parts["layers"] = "compiled"
+        compiled.parts["embedding"] = _compile_embedding(stack, base, compile)
+        compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
+        compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
+        try:
+            yield compiled
+        finally:
+            compiled.active = False
+
+
+@contextlib.contextmanager
+def triton_matmul_on_small_gpus() -> Iterator[None]:
+    """Within, max_autotune times Triton's matrix products on GPUs of fewer than 68 multiprocessors too (a T4 has 40).
+
+    Inductor drops the templates there without trying them (pytorch#141690).
+    """
+    from torch._inductor import utils
+
+    with mock.patch.object(utils, "is_big_gpu", lambda *args, **kwargs: True):
+        yield
+
+
+@contextlib.contextmanager
+def _called_as(modules: Iterable[nn.Module], call: Callable) -> Iterator[None]:
+    """Within, ``module(...)`` is ``call(its class, module, ...)``. A call is looked up on the class: that is changed.
+
+    Replacing forward instead would hide from some releases of transformers that the layer can be checkpointed.
+    """
+    before = [(module, type(module)) for module in modules]
+
+    def compiled_class(cls: type) -> type:
+        def __call__(self, *args, **kwargs):
+            return call(cls, self, *args, **kwargs)
+
+        return type(f"Compiled{cls.__name__}", (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+    classes = {cls: compiled_class(cls) for cls in {cls for _, cls in before}}  # one each: its identity is guarded
+    for module, cls in before:
+        module.__class__ = classes[cls]
+    try:
+        yield
+    finally:
+        for module, cls in before:
+            module.__class__ = cls
+
+
+def _layer(layer: nn.Module, checkpointed: bool, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The region of a decoder layer.
+
+    A checkpoint around the compiled call would run two Python hooks for each of the fifty-odd tensors it saves, packed
+    weights and their statistics included, in forward and again in backward. In the graph it is a mark for the compiler.
+    """
+    if checkpointed:
+        return checkpoint(functools.partial(nn.Module.__call__, layer, **kwargs), *args, use_reentrant=False)
+    return nn.Module.__call__(layer, *args, **kwargs)
+
+
+def _call_layer(region: Callable, cls: type, layer: nn.Module, *args, **kwargs) -> Tensor:
+    if kwargs.get("past_key_values") is not None:
+        return cls.__call__(layer, *args, **kwargs)
+    checkpointed = CHECKPOINTS_IN_CALL and layer.gradient_checkpointing and layer.training
+    return region(layer, checkpointed, args, kwargs)
+
+
+def _compile_embedding(stack: contextlib.ExitStack, base: nn.Module, compile: Callable) -> str:
+    embedding = base.get_input_embeddings()
+    if any(parameter.requires_grad for parameter in embedding.parameters()):
+        return "not compiled: it is trained"
+    forward = type(embedding).forward
+
+    def embed(module: nn.Module, ids: Tensor) -> Tensor:
+        return forward(module, ids)
+
+    region = compile(embed)
+
+    def call(cls: type, module: nn.Module, ids: Tensor) -> Tensor:
+        # One flat row of ids under no_grad is one graph for any batch, in training and evaluation. The hook by which
+        # transformers makes the output require gradients breaks the graph, so it is done here instead.
+        with torch.no_grad():
+            out = _reshaped(region(module, _reshaped(ids.contiguous(), -1)), *ids.shape, module.embedding_dim)
+        return out.requires_grad_() if module.training and torch.is_grad_enabled() else out
+
+    stack.enter_context(_called_as([embedding], call))
+    return "compiled"
+
+
+def _reshaped(x: Tensor, *shape: int) -> Tensor:
+    """``x.view(shape)``, but not known as a view: of a view, Dynamo guards the base too."""
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
+def _compile_rotary(stack: contextlib.ExitStack, decoder: nn.Module, compile: Callable) -> str:
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        return "not compiled: the model has none"
+    kind = getattr(rotary, "rope_type", "default")
+    if not isinstance(kind, str) or kind in ("dynamic", "longrope"):
+        return f"not compiled: frequencies of type {kind} depend on the batch's values"
+    forward = type(rotary).forward
+
+    def frequencies(module: nn.Module, x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return forward(module, x, position_ids, *args, **kwargs)
+
+    region = compile(frequencies)
+
+    def call(cls: type, module: nn.Module, x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():  # only x's device and dtype matter
+            return region(module, x.detach()[:1, :1], position_ids, *args, **kwargs)
+
+    stack.enter_context(_called_as([rotary], call))
+    return "compiled"
+
+
+def _compile_loss(
+    stack: contextlib.ExitStack, base: nn.Module, decoder: nn.Module, compiled: CompiledModel, compile: Callable
+) -> str:
+    """Make ``base(..., labels=...)`` the fused loss over the hidden states before the final norm."""
+    head, norm, config = base.get_output_embeddings(), getattr(decoder, "norm", None), base.config
+    if config.model_type not in PLAIN_HEADS or type(head) is not nn.Linear or norm is None:
+        return f"not compiled: the head of {config.model_type} is not a plain one"
+    if any(parameter.requires_grad for module in (head, norm) for parameter in module.parameters()):
+        return "not compiled: norm or head is trained"
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def summed_loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = F.linear(norm.forward(hidden), head.weight, head.bias).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    region = compile(summed_loss)
+    deferred = False  # the norm's own call returns its input: the region above applies it
+
+    def call_norm(cls: type, module: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden if deferred else cls.__call__(module, hidden)
+
+    stack.enter_context(_called_as([norm], call_norm))
+    forward, own = base.forward, "forward" in vars(base)
+
+    @functools.wraps(forward)
+    def compiled_forward(input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs):
+        nonlocal deferred
+        more = any(kwargs.get(name) for name in ("fused_lm_head", "output_hidden_states", "output_attentions"))
+        if not compiled.active or labels is None or input_ids is None or more:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return forward(input_ids=input_ids, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in ("use_cache", "return_dict")}
+        input_ids, labels = _batch_for_one_graph(compiled, input_ids, labels, kwargs)
+        deferred = True
+        try:
+            hidden = decoder(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        finally:
+            deferred = False
+        total = linear_loss(region, hidden, F.pad(labels, (0, 1), value=IGNORED)[:, 1:], head.out_features)
+        if items is None:
+            items = (labels[:, 1:] != IGNORED).sum()
+        elif torch.is_tensor(items):
+            items = items.to(total.device)
+        return CausalLMOutput(loss=total / items)
+
+    base.forward = compiled_forward
+    stack.callback(lambda: _restore_forward(base, compiled_forward, forward if own else None))
+    return "compiled"
+
+
+def _restore_forward(base: nn.Module, ours: Callable, previous: Callable | None) -> None:
+    if vars(base).get("forward") is not ours:  # wrapped since, by a trainer: ours passes on once inactive
+        return
+    if previous is None:
+        del base.forward
+    else:
+        base.forward = previous
+
+
+def _batch_for_one_graph(
+    compiled: CompiledModel, ids: Tensor, labels: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The same batch: at least two tokens a row, at least two rows if it ever had, and no mask it can do without."""
+    mask = kwargs.get("attention_mask")
+    # One synchronisation; transformers' own mask needs one too, to find out whether there is padding at all.
+    if mask is not None and mask.ndim == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        del kwargs["attention_mask"]
+    if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
+        return ids, labels
+    if ids.shape[1] == 1:
+        ids, labels = F.pad(ids, (0, 1)), F.pad(labels, (0, 1), value=IGNORED)
+    compiled.most_rows = max(compiled.most_rows, ids.shape[0])
+    if ids.shape[0] == 1 < compiled.most_rows:
+        ids, labels = F.pad(ids, (0, 0, 0, 1)), F.pad(labels, (0, 0, 0, 1), value=IGNORED)
+    return ids, labels
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sums the loss over chunks and makes the gradient of each at once, so that no chunk's logits outlive it."""
+
+    @staticmethod
+    def forward(ctx, region: Callable, hidden: Tensor, labels: Tensor, chunks: int) -> Tensor:
+        scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for part, rows, out in zip(
+            hidden.tensor_split(chunks), labels.tensor_split(chunks), gradient.tensor_split(chunks), strict=True
+        ):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                loss = region(part, rows)
+            out.copy_(torch.autograd.grad(loss, part, torch.full_like(loss, scale))[0])
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        ctx.scale = scale
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * (grad / ctx.scale), None, None
+
+
+def linear_loss(region: Callable, hidden: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """``region(hidden, labels)``, a loss summed over rows, in chunks of `LOGITS_BYTES` of logits.
+
+    Args:
+        region: (hidden [rows, hidden_size], labels [rows]) -> float32 []; differentiable in hidden alone.
+        hidden: [batch, length, hidden_size]; labels: [batch, length], aligned with it.
+        vocabulary: logits a row has.
+    """
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows = max(2, LOGITS_BYTES // (vocabulary * hidden.itemsize))
+    chunks = max(1, min(-(-len(hidden) // rows), len(hidden) // 2))  # of nearly equal size, none of a single row
+    if hidden.requires_grad and torch.is_grad_enabled():
+        return _ChunkedLoss.apply(region, hidden, labels, chunks)
+    parts = zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True)
+    return torch.stack([region(part, rows) for part, rows in parts]).sum()
+
+
+class CompileCounter:
+    """Counts what torch.compile does within a ``with`` block; read it during or after. It resets nothing.
+
+    ``compiles``: graphs compiled. ``graph_breaks``: where Python had to take over. ``recompiles``: how many of the
+    compiles were of code compiled before, because a guard did not hold. ``reasons`` and ``rows`` name them.
+    """
+
+    def __enter__(self) -> CompileCounter:
+        self._graphs = counters["stats"]["unique_graphs"]
+        self._breaks = dict(counters["graph_break"])
+        self._first = (get_compilation_metrics() or [None])[-1]
+        self._frozen: tuple | None = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._frozen = self._read()
+
+    def _read(self) -> tuple[int, dict[str, int], list[dict[str, Any]]]:
+        breaks = {
+            reason: count - self._breaks.get(reason, 0)
+            for reason, count in counters["graph_break"].items()
+            if count > self._breaks.get(reason, 0)
+        }
+        metrics = get_compilation_metrics()
+        if self._first is not None and any(m is self._first for m in metrics):
+            metrics = metrics[next(i for i, m in enumerate(metrics) if m is self._first) + 1 :]
+        rows = [
+            {
+                "compile_id": m.compile_id,
+                "function": m.co_name,
+                "operations": m.graph_op_count,
+                "seconds": round(m.entire_frame_compile_time_s or 0.0, 2),
+                "recompiled_because": (getattr(m, "recompile_reason", None) or "").split("\n")[0],
+            }
+            for m in metrics
+            if m.co_name is not None and getattr(m, "is_forward", True) is not False
+        ]
+        return counters["stats"]["unique_graphs"] - self._graphs, breaks, rows
+
+    def _now(self) -> tuple[int, dict[str, int], list[dict[str, Any]]]:
+        return self._frozen or self._read()
+
+    @property
+    def compiles(self) -> int:
+        return self._now()[0]
+
+    @property
+    def graph_breaks(self) -> int:
+        return sum(self._now()[1].values())
+
+    @property
+    def recompiles(self) -> int:
+        return sum(bool(row["recompiled_because"]) for row in self.rows)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Of every graph break and recompile."""
+        breaks = [f"graph break ({count}x): {reason}" for reason, count in self._now()[1].items()]
+        return breaks + [
+            f"recompile of {row['function']}: {row['recompiled_because']}"
+            for row in self.rows
+            if row["recompiled_because"]
+        ]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One a compile: its id, function, operations, seconds, and why it was a recompile, if it was."""
+        return self._now()[2]
+
+    def __str__(self) -> str:
+        head = f"{self.compiles} compiles, {self.graph_breaks} graph breaks, {self.recompiles} recompiles"
+        return "\n  ".join([head, *self.reasons])
