@@ -1,0 +1,45 @@
+"""Text rows of a mixed Mllama (Llama 3.2 Vision) batch see no image: a leak in transformers, closed and undone.
+
+Tokens with no image to look at (a text-only row, or text before an image) have every key of the cross attention
+masked; transformers then zeroes that mask row, so that softmax spreads them over the images of other rows, and blanks
+only the MLP's output behind it. https://github.com/huggingface/transformers/issues/39379
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def isolated_text_rows(model: torch.nn.Module) -> Iterator[None]:
+    """Multiply each cross attention's output by the mask of rows that see an image, while the context is open.
+
+    A row's logits and gradients in a mixed batch then equal those of the row alone. Hooks on this model only; works
+    under gradient checkpointing, PEFT and 4-bit layers.
+
+    Raises: ValueError where the model has no Mllama cross-attention layer.
+    """
+    from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+
+    layers = [module for module in model.modules() if isinstance(module, MllamaCrossAttentionDecoderLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no Mllama cross-attention layer; it needs no isolated_text_rows")
+    sees_image: dict[torch.nn.Module, torch.Tensor | None] = {}  # cross attention -> [batch, 1, tokens, 1]
+
+    def remember(layer, args, kwargs):
+        sees_image[layer.cross_attn] = kwargs.get("full_text_row_masked_out_mask")
+
+    def mask(cross_attention, args, output):
+        seen = sees_image.pop(cross_attention)
+        return output if seen is None else (output[0] * seen[:, 0].to(output[0].dtype), *output[1:])
+
+    hooks = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
+    hooks += [layer.cross_attn.register_forward_hook(mask) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
