@@ -15,11 +15,14 @@ from typing import Any
 
 import papermill
 from papermill.engines import NBClientEngine, papermill_engines
+from traitlets.config import Config
 
 from . import build, catalogue
 from .environment import ROOT, SetupError
 
 GIB = 1024**3
+# Sockets in the file system where there are such: a kernel over TCP warns of missing encryption.
+KERNEL_CONFIG = Config({} if os.name == "nt" else {"KernelManager": {"transport": "ipc"}})
 
 
 class ProgressEngine(NBClientEngine):
@@ -102,7 +105,7 @@ def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, An
         try:
             papermill.execute_notebook(
                 source, folder / f"{notebook.path.stem}.ipynb", mine, engine_name="progress", kernel_name="python3",
-                progress_bar=False, cwd=ROOT, request_save_on_cell_execute=False, execution_timeout=7200,
+                progress_bar=False, cwd=ROOT, config=KERNEL_CONFIG, request_save_on_cell_execute=False, execution_timeout=7200,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}".splitlines()[0]

@@ -195,6 +195,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     output_dir.mkdir(parents=True, exist_ok=True)
     log = StepLog(output_dir / "train_log.csv", keep_up_to=_step_of(resume_from))
 
+    before = answer(model, base.tokenizer, prompt)
     with _deterministic(args.deterministic), nf4_decoder(model, args.nf4):
         trainer = QLoRATrainer(
             model,
@@ -205,14 +206,13 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
             callbacks=[log, *(callbacks or [])],
         )
         print(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args)), flush=True)
-        before = answer(model, base.tokenizer, prompt)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with MemoryTimeline() as timeline:
             trainer.train(resume_from_checkpoint=resume_from)
         allocated, reserved = peak_gib()
-        after = answer(model, base.tokenizer, prompt)
         trainer.save_model(args.output_dir)
+    after = answer(model, base.tokenizer, prompt)
     print(f"peak memory: {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; adapter in {args.output_dir}")
     return TrainResult(log.rows, base.label, output_dir, allocated, reserved, timeline.rows, before, after)
 

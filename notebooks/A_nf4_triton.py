@@ -55,7 +55,7 @@ host.environment_table()
 # %% [markdown]
 # ## Parameters
 # The defaults are the real run. `-p NAME VALUE` of `python3 -m helpers run`, or papermill's own, changes them.
-# `STEPS = 0` means 60 on a GPU and 4 without.
+# `STEPS = 0` means 60 on a GPU and 3 without.
 
 # %% tags=["parameters"]
 MODEL = "auto"
@@ -214,7 +214,7 @@ for name, seconds in elapsed.items():
 # ## In training
 # QLoRA through TRL's `SFTTrainer`, once with bitsandbytes' own linear layers and once with ours, same seed and rows. The
 # arithmetic differs only where bitsandbytes fuses its product, so the two loss curves lie on each other. On a CPU the kernel
-# is interpreted, so the run is 4 steps of at most 64 tokens, and says nothing of speed.
+# is interpreted, so the run is 3 steps of at most 64 tokens without checkpointing, and says nothing of speed.
 
 # %%
 from helpers.train import TrainArguments, train
@@ -224,7 +224,7 @@ runs = {}
 for decoder in ("bitsandbytes", "triton"):
     print(f"--- {decoder}")
     runs[decoder] = train(TrainArguments(
-        model=MODEL, dataset=DATASET, steps=steps, nf4=decoder, max_length=2048 if GPU else 64,
+        model=MODEL, dataset=DATASET, steps=steps, nf4=decoder, max_length=2048 if GPU else 64, checkpointing=GPU,
         output_dir=str(results.folder / f"A_{decoder}"),
     ))
 
