@@ -122,7 +122,17 @@ def load_base(name: str = "auto", dtype: torch.dtype | None = None, challenge: s
             f"model {name!r} is neither a local folder nor reachable on the Hub; "
             f"use 'embedded', a shape ({', '.join('shape:' + s for s in SHAPES)}), a folder or a Hub id"
         ) from error
+    _same_arithmetic_in_evaluation(model)
     return Checkpoint(model, tokenizer, EMBEDDED if name == "embedded" else name)
+
+
+def _same_arithmetic_in_evaluation(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first evaluation, and rounds to bfloat16."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def nf4_config(dtype: torch.dtype):

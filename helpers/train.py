@@ -26,12 +26,13 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from . import checkpoints, host
+from . import attention_transformers, checkpoints, host
 from .instruction_data import load_instructions
 from .memory import MemoryTimeline, peak_gib
-from .t4 import rehearse
+from .t4 import rehearsal_if_asked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
 COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
 PROMPT = "In Python's standard library, what does `textwrap.wrap` do?"
 
@@ -56,6 +57,9 @@ class TrainArguments:
     dtype: str = _flag("auto", "compute in float32, bfloat16 or float16; auto goes by the GPU's capability")
     nf4: str = _flag("auto", "who decodes 4-bit weights: triton (one kernel), bitsandbytes; auto: triton on a GPU")
     loss: str = _flag("auto", "trl (its fused head, GPU only) or full (all logits); auto: trl on a GPU")
+    attention: str = _flag("auto", "auto, sdpa, flex, varlen, xformers, eager (helpers/attention.py), or stock")
+    packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
+    compile: bool = _flag(False, "torch.compile the embedding, decoder layers, norm and loss (helpers/compiling.py)")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
     optimizer: str = _flag("adamw_torch", "any name that TrainingArguments.optim takes, e.g. adamw_8bit")
     save_steps: int = _flag(0, "write a checkpoint every so many steps; 0: only the adapter, at the end")
@@ -146,17 +150,26 @@ class QLoRATrainer(SFTTrainer):
             if name in adapters:
                 parameter.data = adapters[name]
         self._saving_into: str | None = None
+        self._tokens_since_log: torch.Tensor | int = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.loss_path == "trl":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
         if model.training:
-            seen = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += seen
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._tokens_since_log = self._tokens_since_log + counted
         # Trainer's own: the model's logits and its float32 cross entropy, past SFTTrainer's fused head.
         return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs, start_time=None):
+        # SFTTrainer reads its token count off the device at every micro-step, which waits for the GPU each time.
+        if self.loss_path != "trl" and self.model.training:
+            counted = torch.as_tensor(self._tokens_since_log, device=self.accelerator.device)
+            self._total_train_tokens += int(self.accelerator.reduce(counted))
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._tokens_since_log = 0
+        super().log(logs, start_time)
 
     def _get_output_dir(self, trial):
         return self._saving_into or super()._get_output_dir(trial)
@@ -190,13 +203,16 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     base = checkpoints.load_base(args.model, DTYPES[args.dtype])
     rows = load_instructions(args.dataset, vocab_size=base.model.config.vocab_size, seed=args.seed)
     model = checkpoints.attach_lora(base.model, args.lora_rank)
+    if args.attention != "stock":
+        attention_transformers.register()
+        model.set_attn_implementation(f"qlora_{args.attention}")
     prompt = "" if base.random_weights else args.prompt
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     log = StepLog(output_dir / "train_log.csv", keep_up_to=_step_of(resume_from))
 
     before = answer(model, base.tokenizer, prompt)
-    with _deterministic(args.deterministic), nf4_decoder(model, args.nf4):
+    with _deterministic(args.deterministic), nf4_decoder(model, args.nf4), compiled_regions(model, args.compile):
         trainer = QLoRATrainer(
             model,
             loss=args.loss,
@@ -229,6 +245,18 @@ def nf4_decoder(model: torch.nn.Module, choice: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def compiled_regions(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """``torch.compile`` the regions of ``model`` (helpers/compiling.py) where that is asked for."""
+    if not wanted:
+        yield
+        return
+    from .compiling import compile_model
+
+    with compile_model(model):
+        yield
+
+
 def active_parts(trainer: QLoRATrainer, args: TrainArguments) -> list[str]:
     """What is switched on, read off the model and the trainer themselves, for the first line of a run."""
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -243,6 +271,7 @@ def active_parts(trainer: QLoRATrainer, args: TrainArguments) -> list[str]:
         else "no checkpointing",
         f"{trainer.loss_path} loss",
         f"attention {trainer.model.config._attn_implementation}",
+        "packed rows" if trainer.args.packing else "padded rows",
         f"batch {rows} x {trainer.args.gradient_accumulation_steps}",
     ]  # fmt: skip
 
@@ -285,6 +314,8 @@ def _decided(args: TrainArguments) -> TrainArguments:
     if values["dtype"] == "float16" and not gpu:
         raise ValueError("--dtype float16 trains on a GPU only (GradScaler); use float32 or bfloat16 here")
     # TRL launches its Triton loss kernel on CPU tensors too wherever triton can be imported.
+    if values["attention"] not in ATTENTIONS:
+        raise ValueError(f"--attention {args.attention!r} is not one of {', '.join(ATTENTIONS)}")
     values["loss"] = _choice("loss", values["loss"], {"trl": gpu, "full": True})
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if values["nf4"] == "auto" and not gpu:
@@ -326,6 +357,7 @@ def _trainer_config(args: TrainArguments) -> SFTConfig:
         gradient_accumulation_steps=args.accumulation,
         max_steps=args.steps,
         max_length=args.max_length,
+        packing=args.packing,
         learning_rate=args.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=1,
@@ -370,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(TrainArguments, prog="python3 -m helpers.train", description=__doc__.split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses(argv)
     try:
-        with rehearse() if args.rehearse_t4 else contextlib.nullcontext():
+        with rehearsal_if_asked(args.rehearse_t4):
             result = train(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
