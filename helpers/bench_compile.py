@@ -1,0 +1,174 @@
+"""Step time and memory of a QLoRA training step in its variants: eager or compiled, checkpointed or not, each alone.
+
+    python3 -m helpers.bench_compile --variants eager,compiled,compiled+checkpointing --steps 14 --out bench.json
+
+Each variant runs the same rows through the same trainer in one process; its adapters start from the same weights. Times
+are medians over the steps after `WARM` ones, in s; memory is the peak that PyTorch's allocator gave out, in GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from . import checkpoints, host
+from .attention_transformers import register
+from .compiling import CompileCounter, compile_model
+from .instruction_data import load_instructions
+from .memory import peak_gib
+from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_config, nf4_decoder
+
+WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
+WORDS = {"eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cpp", "filter"}
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of one optimizer step to the end of the next, data and logging included.
+
+    Args:
+        profile: the step (1 is the first) that torch.profiler records; 0: none.
+    """
+
+    def __init__(self, profile: int = 0):
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.profile = profile
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ended = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.profile:
+            self.profiler = torch.profiler.profile()
+            self.profiler.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self.ended)
+        self.ended = now
+        if state.global_step == self.profile:
+            self.profiler.__exit__(None, None, None)
+        if state.global_step == WARM and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.losses.append(logs["loss"])
+
+
+def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tuple[dict[str, Any], Clock]:
+    """Train as ``variant`` says (words of `WORDS` joined by +) and return its row of the table.
+
+    Raises:
+        ValueError: a word that is not known.
+    """
+    words = set(variant.split("+"))
+    if unknown := words - WORDS:
+        raise ValueError(f"variant {variant!r}: {unknown.pop()!r} is not one of {', '.join(sorted(WORDS))}")
+    arguments = _decided(arguments)
+    arguments.checkpointing = "checkpointing" in words
+    arguments.nf4 = "bitsandbytes" if "bitsandbytes" in words else arguments.nf4
+    arguments.loss = "full" if "compiled" in words else arguments.loss
+    torch.manual_seed(arguments.seed)
+    base = checkpoints.load_base(arguments.model, DTYPES[arguments.dtype])
+    rows = load_instructions(arguments.dataset, vocab_size=base.model.config.vocab_size, seed=arguments.seed)
+    model = checkpoints.attach_lora(base.model, arguments.lora_rank)
+    if "flex" in words:
+        register()
+        model.set_attn_implementation("qlora_flex")
+    clock = Clock(profile)
+    config = _trainer_config(arguments)
+    with nf4_decoder(model, arguments.nf4), CompileCounter() as counter:
+        trainer = QLoRATrainer(
+            model, loss=arguments.loss, args=config, train_dataset=rows, processing_class=base.tokenizer,
+            callbacks=[clock],
+        )  # fmt: skip
+        if "bf16-adapters" in words:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+        with compiled_as(words, trainer.model):
+            trainer.train()
+    seconds = clock.seconds[WARM:] or clock.seconds
+    allocated, reserved = peak_gib()
+    row = {
+        "variant": variant, "step_s": round(float(np.median(seconds)), 4), "first_step_s": round(clock.seconds[0], 1),
+        "allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3), "compiles": counter.compiles,
+        "graph_breaks": counter.graph_breaks, "recompiles": counter.recompiles, "reasons": counter.reasons,
+        "losses": clock.losses, "steps_s": [round(s, 3) for s in clock.seconds],
+    }  # fmt: skip
+    return row, clock
+
+
+@contextlib.contextmanager
+def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
+    if "compiled" not in words:
+        yield
+        return
+    options = {}
+    if "cpp" in words:
+        options["cpp_wrapper"] = True
+    if "filter" in words:
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    with compile_model(model, max_autotune="autotune" in words, options=options):
+        yield
+
+
+def profile_table(clock: Clock, seconds: float, rows: int = 28) -> str:
+    """Where a step's time goes: GPU kernels by name, operators by their own CPU time, and how long the GPU was busy."""
+    events = clock.profiler.events()
+    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.time_range.elapsed_us() for e in on_gpu) / 1e6
+    averages = clock.profiler.key_averages()
+    return "\n".join([
+        f"GPU busy {busy:.3f} s in {len(on_gpu)} kernels and copies, of a step of {seconds:.3f} s (profiled)",
+        averages.table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70),
+        averages.table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=70),
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--variants", default="eager,compiled,compiled+checkpointing")
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--model", default="shape:llama-3.2-1b")
+    parser.add_argument("--dataset", default="random:200-1024x160")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--lora_rank", type=int, default=32)
+    parser.add_argument("--profile", type=int, default=0, help="this step (1 is the first) is profiled")
+    parser.add_argument("--out", default="runs/bench_compile", help="folder of the JSON rows and of the profiles")
+    args = parser.parse_args()
+    host.prepare()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for variant in args.variants.split(","):
+        row, clock = run_variant(variant, TrainArguments(
+            model=args.model, dataset=args.dataset, steps=args.steps, lora_rank=args.lora_rank, dtype=args.dtype,
+            max_length=1024, prompt="", deterministic=False, output_dir=str(out / variant),
+        ), args.profile)  # fmt: skip
+        (out / f"{variant}.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+        print({key: value for key, value in row.items() if key != "reasons"}, *row["reasons"], sep="\n", flush=True)
+        if clock.profiler is not None:
+            (out / f"{variant}.txt").write_text(profile_table(clock, clock.seconds[args.profile - 1]))
+            clock.profiler.export_chrome_trace(str(out / f"{variant}.trace.json.gz"))
+        del clock
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    main()
