@@ -105,6 +105,7 @@ def load_base(name: str = "auto", dtype: torch.dtype | None = None, challenge: s
     Raises:
         ValueError: unknown shape, or a name that is neither a folder nor reachable on the Hub.
     """
+    import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = resolve_model(name, challenge)
@@ -123,6 +124,9 @@ def load_base(name: str = "auto", dtype: torch.dtype | None = None, challenge: s
             f"use 'embedded', a shape ({', '.join('shape:' + s for s in SHAPES)}), a folder or a Hub id"
         ) from error
     _same_arithmetic_in_evaluation(model)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):  # a checkpoint quantised already may ask for bfloat16 on a T4
+            module.compute_dtype, module.compute_type_is_set = dtype, True
     return Checkpoint(model, tokenizer, EMBEDDED if name == "embedded" else name)
 
 
@@ -241,20 +245,22 @@ def _random_shape(shape: str, dtype: torch.dtype, device: torch.device) -> Check
     quantizer.preprocess_model(model=model, device_map={"": device})
     generator = torch.Generator(device).manual_seed(3407)
 
-    def randn(shape: torch.Size) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(0.02).to(dtype)
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.02, generator=generator)
 
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            size = torch.Size((module.out_features, module.in_features))
             module.weight = bnb.nn.Params4bit(
-                randn(size).cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
-            ).to(device)
+                normal(module.out_features, module.in_features), requires_grad=False, quant_type="nf4",
+                compress_statistics=True, module=module,
+            ).to(device)  # fmt: skip
             continue
+        if module is model.lm_head and config.tie_word_embeddings:
+            continue  # tied below
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                value = torch.ones(parameter.shape, device=device, dtype=dtype) if parameter.ndim == 1 \
-                    else randn(parameter.shape)  # fmt: skip
+                norm = parameter.ndim == 1
+                value = torch.ones(parameter.shape, device=device, dtype=dtype) if norm else normal(*parameter.shape)
                 setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
     model.tie_weights()
     with device:  # its frequencies are computed, not loaded, so the meta copy holds nothing

@@ -74,28 +74,38 @@ def uses_running_python() -> bool:
     return hosted or sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
 
 
-def ready_python(development: bool = False) -> str:
-    """Path of a Python that satisfies the pins, set up on the way if need be.
-
-    Raises:
-        SetupError: Python out of range, no disk, no network, a failed install.
-    """
+def check_python() -> None:
+    """Raise SetupError where the running Python is too old or too new."""
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         raise SetupError(
             "Python {}.{} runs this; 3.11 to 3.13 is needed. Start it as `python3.12 -m helpers ...`.".format(
                 *sys.version_info[:2]
             )
         )
-    if uses_running_python():
-        python, lines = sys.executable, missing(development)
-    else:
-        python = str(ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-        lines = _missing_in(python, development)
-        if lines is None:
-            _make_venv()
-            lines = [line for _, _, line in requirements(development)]
-    if lines:
-        _install(python, lines)
+
+
+def ready_python(development: bool = False) -> str:
+    """Path of a Python that satisfies the pins, set up on the way if need be.
+
+    Raises:
+        SetupError: Python out of range, no disk, no network, a failed install.
+    """
+    check_python()
+    lines = missing(development)
+    if not lines or uses_running_python():
+        _install(sys.executable, lines)
+        return sys.executable
+    folder = ROOT / ".venv"
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    unfinished = folder / "unfinished"  # there from before the first file until the last package is installed
+    found = None if unfinished.exists() else _missing_in(python, development)
+    if found is None:
+        _make_venv(folder, unfinished)
+        found = [line for _, _, line in requirements(development)]
+    if found:
+        unfinished.touch()
+        _install(python, found)
+        unfinished.unlink()
     return python
 
 
@@ -109,35 +119,44 @@ def _missing_in(python: str, development: bool) -> list[str] | None:
     return done.stdout.splitlines() if done.returncode == 0 else None
 
 
-def _make_venv() -> None:
-    free = shutil.disk_usage(ROOT).free / 1024**3
-    if free < FREE_GIB_NEEDED:
-        raise SetupError(f"{free:.1f} GiB of disk are free at {ROOT}; {FREE_GIB_NEEDED} GiB are needed to set up")
+def _make_venv(folder: Path, unfinished: Path) -> None:
+    _check_disk(folder.parent)
     print("making .venv", flush=True)
-    shutil.rmtree(ROOT / ".venv", ignore_errors=True)
-    done = subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")], capture_output=True, text=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    unfinished.touch()
+    done = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True)
     if done.returncode:
-        shutil.rmtree(ROOT / ".venv", ignore_errors=True)
-        raise SetupError(f"could not make .venv: {(done.stderr or done.stdout).strip()[-300:]}")
+        said = " ".join((done.stderr or done.stdout).split())
+        hint = "install the package python3-venv of your system" if "ensurepip" in said else said[-300:]
+        raise SetupError(f"could not make .venv: {hint}")
+
+
+def _check_disk(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free / 1024**3
+    if free < FREE_GIB_NEEDED:
+        raise SetupError(f"{free:.1f} GiB of disk are free at {folder}; {FREE_GIB_NEEDED} GiB are needed to set up")
 
 
 def _install(python: str, lines: list[str]) -> None:
+    """Have pip install requirement ``lines`` into ``python``'s environment; nothing happens for none."""
+    if not lines:
+        return
     print(f"installing {len(lines)} requirements (about 2 minutes from nothing)", flush=True)
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *lines],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "2"]
+    done = subprocess.run([*command, *lines], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
-        network = any(word in done.stderr for word in ("Connection", "resolve", "Network", "timed out"))
-        hint = "is there a network?" if network else "install the line by hand to see why"
-        raise SetupError(f"pip could not install {lines[0]} ...: {errors[-1] if errors else '?'} ({hint})")
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines() or ["?"]
+        network = any(word in done.stderr for word in ("Connection", "resolve host", "Network", "timed out"))
+        hint = "is there a network?" if network else f"try it by hand: {python} -m pip install -r requirements.txt"
+        raise SetupError(f"pip could not install the requirements: {errors[-1].strip()} ({hint})")
 
 
 if __name__ == "__main__":
-    if "--install" in sys.argv:
+    if "--install" in sys.argv:  # from a notebook: into the Python that runs it
         try:
-            ready_python()
+            check_python()
+            _install(sys.executable, missing(development=False))
         except SetupError as error:
             sys.exit(f"error: {error}")
     else:

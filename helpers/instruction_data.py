@@ -38,13 +38,9 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
     Raises:
         ValueError: the name is not a file and not reachable, or a file holds none of those columns.
     """
-    import torch
     from datasets import Dataset, load_dataset
 
-    from .checkpoints import hub_answers
-
-    if name == "auto":
-        name = "oig" if torch.cuda.is_available() and hub_answers() else "python-docs"
+    name = resolve_data(name)
     if name == "python-docs":
         rows = list(python_documentation())
         random.Random(seed).shuffle(rows)
@@ -71,6 +67,17 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
     if len(rows) == 0:
         raise ValueError(f"data set {name!r} has no rows")
     return rows
+
+
+def resolve_data(name: str) -> str:
+    """The name that ``auto`` stands for on this machine; any other name as it is."""
+    import torch
+
+    from . import checkpoints
+
+    if name != "auto":
+        return name
+    return "oig" if torch.cuda.is_available() and checkpoints.hub_answers() else "python-docs"
 
 
 def python_documentation() -> Iterator[dict]:

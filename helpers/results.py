@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT RUN"
+REHEARSED = "rehearsed, not run on a T4"
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
@@ -96,13 +96,11 @@ class Results:
         if sign not in COMPARE or not limit:
             raise ValueError(f"bound {bound!r} is not an operator of {list(COMPARE)} and a value, as in '>= 1.15'")
         target = limit == "True" if limit in {"True", "False"} else float(limit)
-        nan = isinstance(measured, float) and math.isnan(measured)
-        status = PASS if not nan and COMPARE[sign](measured, target) else FAIL
-        if target is True:
-            bound = ""
+        measured = _plain(measured)
+        status = PASS if COMPARE[sign](measured, target) else FAIL  # nothing compares true with NaN
         self.criteria[id] = {
-            "id": id, "text": text, "measured": _plain(measured), "unit": unit, "bound": bound, "status": status,
-            "reason": "",
+            "id": id, "text": text, "measured": measured, "unit": unit, "bound": "" if target is True else bound,
+            "status": status, "reason": REHEARSED if host.rehearsing_t4() else "",
         }  # fmt: skip
 
     def not_run(self, id: str, text: str, reason: str) -> None:
@@ -118,7 +116,17 @@ class Results:
         return Markdown(criteria_table(self.criteria.values()))
 
     def save(self) -> Path:
-        """Write ``<letter>_results.json``: machine, versions, commit, date, metrics, criteria."""
+        """Write ``<letter>_results.json``: machine, versions, commit, date, metrics, criteria.
+
+        Under a T4 rehearsal one criterion more says that every kernel compiled so far was a T4's.
+        """
+        if host.rehearsing_t4():
+            from . import t4
+
+            seen = t4.targets()
+            others = sum(count for target, count in seen.items() if ".target sm_75" not in target)
+            text = f"of {seen.total()} kernels compiled in this rehearsal, not for a T4's sm_75"
+            self.criterion(f"{self.notebook}.rehearsal", text, others, "== 0")
         path = output_folder() / f"{self.notebook}_results{rehearsal_suffix()}.json"
         document = {
             "notebook": self.notebook,

@@ -105,7 +105,8 @@ def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, An
         try:
             papermill.execute_notebook(
                 source, folder / f"{notebook.path.stem}.ipynb", mine, engine_name="progress", kernel_name="python3",
-                progress_bar=False, cwd=ROOT, config=KERNEL_CONFIG, request_save_on_cell_execute=False, execution_timeout=7200,
+                progress_bar=False, cwd=ROOT, config=KERNEL_CONFIG, request_save_on_cell_execute=False,
+                execution_timeout=7200,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     chosen = catalogue.chosen(args.notebooks)
     parameters = catalogue.checked_parameters(args.parameter, chosen)
+    if args.rehearse_t4 and _gpu_bytes_used() is None:
+        raise SetupError("--rehearse-t4 runs a T4's code on a newer NVIDIA card; this machine has no GPU")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S") + ("-t4rehearsal" if args.rehearse_t4 else "")
     folder = ROOT / "runs" / stamp
     folder.mkdir(parents=True)

@@ -2,15 +2,16 @@
 
 Triton emits PTX for sm_75, which ``ptxas`` then assembles for the card at hand, so the T4's own code runs. PyTorch,
 Inductor and bitsandbytes see a T4's capability and properties and choose as they would there; attention falls to the
-kernels that a T4 has; and the allocator stops at 14.7 GiB. ``with rehearse():`` does it in this process and, through
-the environment, in the processes it starts; every change is undone on exit.
+kernels that a T4 has; and the allocator stops at 14.7 GiB. ``with rehearse():`` does it in this process and undoes it
+on exit. Inductor's compile workers follow by the environment they inherit; a Python process that it starts, such as
+torchrun's ranks, follows by entering :func:`rehearsal_if_asked` itself, as the trainer and ``host.prepare()`` do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
-import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ PROPERTIES = {
     "shared_memory_per_block": 48 * 1024, "shared_memory_per_block_optin": 64 * 1024,
     "shared_memory_per_multiprocessor": 64 * 1024, "L2_cache_size": 4 * 1024**2, "gcnArchName": "",
 }  # fmt: skip
+ASKED = "QLORA_REHEARSE_T4"  # "1" in every process that is to rehearse
+CARD = "QLORA_REHEARSAL_CARD"  # name of the real card
 # Assembles what Triton wrote for sm_75 for the real card, and notes the target of every PTX that passes.
 PTXAS_WRAPPER = """#!/bin/sh
 for argument in "$@"; do
@@ -44,76 +47,51 @@ exec '{ptxas}' "$@"
 _active: Path | None = None
 
 
+def rehearsal_if_asked(asked: bool = False) -> contextlib.AbstractContextManager[None]:
+    """:func:`rehearse` where ``asked`` or the environment says so, else a context that does nothing."""
+    return rehearse() if asked or os.environ.get(ASKED) == "1" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def rehearse() -> Iterator[None]:
-    """Run the block as a Tesla T4 would run it.
+    """Run the block as a Tesla T4 would run it; inside another rehearsal it changes nothing.
 
     Raises:
-        ValueError: no CUDA device, or one older than a T4.
+        ValueError: no NVIDIA card to rehearse on, or one older than a T4.
     """
     global _active
-    if not torch.cuda.is_available():
-        raise ValueError("--rehearse-t4 runs a T4's code on a newer NVIDIA card; this machine has no GPU")
-    real = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    if (real[0].major, real[0].minor) < CAPABILITY:
-        raise ValueError(f"--rehearse-t4: {real[0].name} is older than a T4")
+    if _active is not None:
+        yield
+        return
+    if os.name != "posix" or not torch.cuda.is_available():
+        raise ValueError("--rehearse-t4 runs a T4's code on a newer NVIDIA card under Linux; here is no such GPU")
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if (cards[0].major, cards[0].minor) < CAPABILITY:
+        raise ValueError(f"--rehearse-t4: {cards[0].name} is older than a T4")
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
 
-    with tempfile.TemporaryDirectory(prefix="t4-") as scratch, contextlib.ExitStack() as stack:
-        folder = Path(scratch)
-        wrapper = folder / "ptxas"
-        arch = f"sm_{real[0].major}{real[0].minor}"
-        script = PTXAS_WRAPPER.format(log=folder / "targets", arch=arch, ptxas=knobs.nvidia.ptxas.path)
-        wrapper.write_text(script)
-        wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t4-", ignore_cleanup_errors=True)))
+        # A newer card than Hopper has an assembler of its own in Triton's package.
+        tool = knobs.nvidia.ptxas_blackwell if cards[0].major >= 10 else knobs.nvidia.ptxas
+        wrapper = write_ptxas_wrapper(folder, tool.path, f"sm_{cards[0].major}{cards[0].minor}")
+        stack.callback(_forget_the_card)
         # Caches of their own: a kernel found in one would run without its PTX having been seen.
         stack.enter_context(mock.patch.dict(os.environ, {
             "TRITON_PTXAS_PATH": str(wrapper), "TRITON_CACHE_DIR": str(folder / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "QLORA_REHEARSE_T4": "1",
-            "QLORA_REHEARSAL_CARD": real[0].name, "NCCL_P2P_DISABLE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), ASKED: "1", CARD: cards[0].name,
+            "NCCL_P2P_DISABLE": "1",
         }))  # fmt: skip
-        fakes = [_properties(card) for card in real]
-        utils = driver.active.utils
-        launch_limits = utils.get_device_properties
-
-        def fake_properties(device=None):
-            return fakes[_index(device)]
-
-        def fake_launch_limits(device):
-            limits = {"max_shared_mem": 64 * 1024, "multiprocessor_count": 40}
-            return {**launch_limits(device), **limits}
-
-        def fake_memory_info(device=None):
-            return max(0, MEMORY_BYTES - torch.cuda.memory_reserved(_index(device))), MEMORY_BYTES
-
-        for owner, name, value in (
-            (CudaDriver, "get_current_target", lambda self: GPUTarget("cuda", 75, 32)),
-            (utils, "get_device_properties", fake_launch_limits),
-            (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-            (torch.cuda, "get_device_properties", fake_properties),
-            (torch.cuda, "get_device_name", lambda device=None: PROPERTIES["name"]),
-            (torch.cuda, "is_bf16_supported", _bf16_supported),
-            (torch.cuda, "mem_get_info", fake_memory_info),
-            *_inductor_patches(fake_properties),
-        ):
+        for owner, name, value in _fakes(cards):
             stack.enter_context(mock.patch.object(owner, name, value))
-        flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_flash_sdp(False)  # both need sm_80
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        for i, card in enumerate(real):
-            torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY_BYTES / card.total_memory), i)
-        outer, _active = _active, folder
+        stack.enter_context(_sdp_kernels_of_a_t4())
+        stack.enter_context(_memory_of_a_t4(cards))
+        _forget_the_card()
+        _active = folder
         try:
             yield
         finally:
-            _active = outer
-            torch.backends.cuda.enable_flash_sdp(flash)
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            for i in range(len(real)):
-                torch.cuda.set_per_process_memory_fraction(1.0, i)
+            _active = None
 
 
 def targets() -> Counter[str]:
@@ -131,10 +109,59 @@ def proof() -> str:
         RuntimeError: a PTX for anything but sm_75 was assembled, or none at all.
     """
     seen = targets()
-    if not seen or any("sm_75" not in target for target in seen):
+    if not seen or any(".target sm_75" not in target for target in seen):
         raise RuntimeError(f"the rehearsal assembled {dict(seen)}; every PTX should say .target sm_75")
-    card = os.environ["QLORA_REHEARSAL_CARD"]
-    return f"{seen.total()} kernels assembled from PTX, each '.target sm_75', run on {card}"
+    return f"{seen.total()} kernels assembled from PTX, each '.target sm_75', run on {os.environ[CARD]}"
+
+
+def write_ptxas_wrapper(folder: Path, ptxas: str, arch: str) -> Path:
+    """An executable that stands in for ``ptxas`` and assembles for ``arch``; it logs into ``folder/targets``."""
+    wrapper = folder / "ptxas"
+    wrapper.write_text(PTXAS_WRAPPER.format(log=folder / "targets", arch=arch, ptxas=ptxas))
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+def _fakes(cards: list) -> list[tuple[object, str, object]]:
+    """``(owner, name, stand-in)`` of everything through which Python asks about the card."""
+    from torch._dynamo.device_interface import CudaInterface
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    t4s, utils = [_as_t4(card) for card in cards], driver.active.utils
+    launch_limits = utils.get_device_properties
+
+    def properties(device=None):
+        return t4s[_index(device)]
+
+    def limits(device):
+        return {**launch_limits(device), "max_shared_mem": 64 * 1024, "multiprocessor_count": 40}
+
+    def memory_info(device=None):
+        return max(0, MEMORY_BYTES - torch.cuda.memory_reserved(_index(device))), MEMORY_BYTES
+
+    def bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation  # a T4 has bfloat16 by emulation only
+
+    return [
+        (CudaDriver, "get_current_target", lambda self: GPUTarget("cuda", 75, 32)),
+        (utils, "get_device_properties", limits),
+        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+        (torch.cuda, "get_device_properties", properties),
+        (torch.cuda, "get_device_name", lambda device=None: PROPERTIES["name"]),
+        (torch.cuda, "is_bf16_supported", bf16_supported),
+        (torch.cuda, "mem_get_info", memory_info),
+        # Inductor keeps its own references to two of them.
+        (CudaInterface, "get_device_properties", staticmethod(properties)),
+        (CudaInterface, "is_bf16_supported", staticmethod(bf16_supported)),
+    ]
+
+
+def _as_t4(card) -> SimpleNamespace:
+    """A T4's properties; what is not listed above stays the real card's."""
+    values = {name: getattr(card, name) for name in dir(card) if not name.startswith("_")}
+    return SimpleNamespace(**{**values, **PROPERTIES})
 
 
 def _index(device) -> int:
@@ -144,24 +171,47 @@ def _index(device) -> int:
     return torch.cuda.current_device() if index is None else index
 
 
-def _properties(card) -> SimpleNamespace:
-    """A T4's properties; what is not listed above stays the real card's."""
-    values = {name: getattr(card, name) for name in dir(card) if not name.startswith("_")}
-    return SimpleNamespace(**{**values, **PROPERTIES})
+@contextlib.contextmanager
+def _sdp_kernels_of_a_t4() -> Iterator[None]:
+    """Flash attention and cuDNN's need sm_80."""
+    flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
-def _inductor_patches(fake_properties) -> list[tuple[object, str, object]]:
-    """Inductor keeps its own references to the functions replaced above."""
+@contextlib.contextmanager
+def _memory_of_a_t4(cards: list) -> Iterator[None]:
+    """Stop the allocator at a T4's memory; a rank of torchrun touches its own card alone."""
+    rank = os.environ.get("LOCAL_RANK")
+    mine = range(len(cards)) if rank is None else [int(rank)]
+    for i in mine:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY_BYTES / cards[i].total_memory), i)
+    try:
+        yield
+    finally:
+        for i in mine:
+            torch.cuda.set_per_process_memory_fraction(1.0, i)
+
+
+def _forget_the_card() -> None:
+    """Drop whatever Dynamo, Inductor and Triton compiled for the card or remember of it, and the compile workers."""
     from torch._dynamo import device_interface
+    from torch._inductor import async_compile, utils
+    from torch._inductor.runtime.hints import DeviceProperties
+    from triton.runtime.jit import JITFunction
 
+    torch._dynamo.reset()
+    utils.clear_caches()
+    async_compile.shutdown_compile_workers()  # they keep the environment that they started with
     device_interface.caching_worker_device_properties.pop("cuda", None)
-    cuda = device_interface.CudaInterface
-    return [
-        (cuda, "get_device_properties", staticmethod(fake_properties)),
-        (cuda, "is_bf16_supported", staticmethod(_bf16_supported)),
-    ]
-
-
-def _bf16_supported(including_emulation: bool = True) -> bool:
-    """A T4 has bfloat16 by emulation only."""
-    return including_emulation
+    for function in (DeviceProperties.create, *vars(utils).values()):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    for thing in gc.get_objects():
+        if type(thing) is JITFunction:
+            thing.device_caches.clear()

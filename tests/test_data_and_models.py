@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
 import torch
 
 from helpers import checkpoints
-from helpers.instruction_data import load_instructions
+from helpers.instruction_data import load_instructions, resolve_data
+from helpers.memory import measure_peak
 
 
 def test_python_documentation_is_plentiful_ordered_and_conversational():
@@ -102,3 +104,47 @@ def test_a_wrong_gguf_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="sha256"):
         checkpoints.embedded_folder()
     assert list((tmp_path / "cache" / "qlora-helpers").iterdir()) == []
+
+
+def test_a_users_folder_is_loaded_whether_quantised_or_not(tmp_path):
+    """Saved again, the quantised model loads to the same answers, computing in the dtype that is asked for."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    plain = AutoModelForCausalLM.from_config(LlamaConfig(**checkpoints.SHAPES["tiny"]))
+    plain.save_pretrained(tmp_path / "plain")
+    checkpoints.byte_tokenizer().save_pretrained(tmp_path / "plain")
+    first = checkpoints.load_base(str(tmp_path / "plain"), torch.bfloat16)
+    first.model.save_pretrained(tmp_path / "quantised")
+    first.tokenizer.save_pretrained(tmp_path / "quantised")
+    again = checkpoints.load_base(str(tmp_path / "quantised"), torch.float32)
+    layer, before = (base.model.model.layers[1].mlp.down_proj for base in (again, first))
+    assert isinstance(layer, bnb.nn.Linear4bit) and torch.equal(layer.weight, before.weight)
+    assert layer.compute_dtype == torch.float32 and again.label == str(tmp_path / "quantised")
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "answers", "model", "data"),
+    [
+        (None, True, "embedded", "python-docs"), (8, True, "embedded", "oig"), (15, False, "embedded", "python-docs"),
+        (15, True, checkpoints.CHALLENGE_8B, "oig"),
+    ],
+)  # fmt: skip
+def test_what_auto_stands_for(monkeypatch, gpu_gib, answers, model, data):
+    """The challenge's checkpoints and data where a GPU of 14 GiB and the Hub answer; never without a GPU."""
+    properties = SimpleNamespace(total_memory=(gpu_gib or 0) * 1024**3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_gib is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr(checkpoints, "hub_answers", lambda: answers)
+    assert checkpoints.resolve_model("auto", checkpoints.CHALLENGE_8B) == model
+    assert checkpoints.resolve_model("mine") == "mine"
+    assert resolve_data("auto") == data
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["llama-3.2-1b", "llama-3.1-8b"])
+def test_a_shape_is_made_in_little_more_than_its_quantised_size(shape):
+    base, peak = measure_peak(lambda: checkpoints.load_base(f"shape:{shape}"))
+    kept = torch.cuda.memory_allocated()
+    largest = checkpoints.SHAPES[shape]["intermediate_size"] * checkpoints.SHAPES[shape]["hidden_size"] * 2
+    assert not any(parameter.is_meta for parameter in base.model.parameters())
+    assert peak < kept + 3 * largest  # a matrix in 16 bits while it is quantised
