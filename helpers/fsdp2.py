@@ -44,6 +44,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 
+RAISED = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*|error: .*)")  # the last line of a traceback
+
 
 @dataclass(frozen=True)
 class FSDP2Config:
@@ -65,6 +67,26 @@ class FSDP2Config:
     decoder: str = "bitsandbytes"
     full_checkpoints: bool = False
 
+    @classmethod
+    def parse(cls, options: str, **fields: Any) -> FSDP2Config:
+        """From words as in ``"offload,keep-gathered,prefetch=2,full-checkpoints"`` and further fields.
+
+        Raises:
+            ValueError: a word that is none of these.
+        """
+        known = {
+            "offload": ("cpu_offload", True), "keep-gathered": ("reshard_after_forward", False),
+            "full-checkpoints": ("full_checkpoints", True),
+        }  # fmt: skip
+        for word in filter(None, re.split(r"[,\s]+", options)):
+            if ahead := re.fullmatch(r"prefetch=(\d+)", word):
+                fields["prefetch"] = int(ahead[1])
+            elif word in known:
+                fields[known[word][0]] = known[word][1]
+            else:
+                raise ValueError(f"--fsdp2_options {word!r} is not one of {', '.join(known)}, prefetch=N")
+        return cls(**fields)
+
 
 def start_ranks(device: str = "cuda") -> torch.device:
     """Join the process group that torchrun (or ``accelerate launch``) set up; returns this rank's device.
@@ -72,15 +94,15 @@ def start_ranks(device: str = "cuda") -> torch.device:
     NCCL moves GPU tensors and gloo CPU ones, which offloading and checkpoints need beside it.
 
     Raises:
-        RuntimeError: not started by torchrun, or more processes than GPUs on this machine.
+        ValueError: not started by torchrun, or more processes than GPUs on this machine.
     """
     if "RANK" not in os.environ:
-        raise RuntimeError(
+        raise ValueError(
             "FSDP2 runs one process a GPU: start with torchrun --nproc_per_node=N -m helpers.train --fsdp2"
         )
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and torch.cuda.device_count() < here:
-        raise RuntimeError(
+        raise ValueError(
             f"{here} processes were started on a machine with {torch.cuda.device_count()} GPU(s): "
             f"use --nproc_per_node={max(torch.cuda.device_count(), 1)}"
         )
@@ -90,6 +112,17 @@ def start_ranks(device: str = "cuda") -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo")
     return place
+
+
+def stop_ranks() -> None:
+    """Leave the process group once the work is done; after an error torchrun ends the other ranks instead."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main_process() -> bool:
+    """True in the one process that prints, logs and writes the adapter."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike) -> None:
@@ -125,7 +158,7 @@ def _first_failure(failures: dict[int, Any], log_dir: Path) -> str:
     def last_words(rank: int) -> str:
         written = max(log_dir.glob(f"*/attempt_0/{rank}/stderr.log"), key=os.path.getmtime, default=None)
         lines = written.read_text(errors="replace").splitlines() if written else []
-        raised = [m[1] for line in lines if (m := re.match(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)", line))]
+        raised = [found[1] for line in lines if (found := RAISED.match(line))]
         return raised[-1] if raised else ""
 
     def order(rank: int) -> tuple:
@@ -165,6 +198,7 @@ def training_arguments(config: FSDP2Config) -> dict[str, Any]:
         "fsdp_config": {"state_dict_type": kind, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False},
         # Reduce at every micro-step: waiting would keep all gradients unsharded in float32.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        "use_cpu": not torch.cuda.is_available(),  # else Trainer takes a CPU run for one process
     }
 
 
@@ -265,6 +299,14 @@ def frozen_bytes(model: nn.Module) -> dict[str, int]:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             held[name] = local.frozen_bytes if isinstance(local, NF4Tensor) else local.nbytes
     return held
+
+
+def active_parts(model: nn.Module) -> list[str]:
+    """What is sharded, read off the model: for the first line of a run. Empty for a model that is not sharded."""
+    if not isinstance(model, FSDPModule):
+        return []
+    held = sum(frozen_bytes(model).values())
+    return [f"FSDP2 over {dist.get_world_size()} ranks, {held / 1024**3:.2f} GiB of frozen weights on each"]
 
 
 def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,14 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import rotate_checkpoints
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from . import attention_transformers, checkpoints, host
+from . import attention_transformers, checkpoints, fsdp2, host
 from .instruction_data import load_instructions
 from .memory import MemoryTimeline, peak_gib
+from .nf4_tensor import NF4Linear
 from .t4 import rehearsal_if_asked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +69,8 @@ class TrainArguments:
     resume: bool = _flag(False, "go on from the last whole checkpoint in output_dir")
     deterministic: bool = _flag(True, "the same losses again on the same machine, at a few percent of speed")
     prompt: str = _flag(PROMPT, "answered before and after training; empty: not asked")
+    fsdp2: bool = _flag(False, "shard the model over the processes that torchrun started (helpers/fsdp2.py)")
+    fsdp2_options: str = _flag("", "with --fsdp2: any of offload, keep-gathered, prefetch=N, full-checkpoints")
     rehearse_t4: bool = _flag(False, "run a Tesla T4's code on the NVIDIA card at hand (helpers/t4.py)")
     seed: int = _flag(3407, "of weights, data order and everything random")
 
@@ -137,7 +142,7 @@ class StepLog(TrainerCallback):
         )
 
 
-class QLoRATrainer(SFTTrainer):
+class QLoRATrainer(fsdp2.SavesAdapter, SFTTrainer):
     """``SFTTrainer`` with float32 adapters and checkpoints that appear whole or not at all."""
 
     def __init__(self, model, loss: str, **kwargs):
@@ -179,6 +184,9 @@ class QLoRATrainer(SFTTrainer):
         final = Path(self.args.output_dir) / name
         self._saving_into = str(final.parent / "partial")
         try:
+            if self.args.should_save:
+                shutil.rmtree(self._saving_into, ignore_errors=True)  # what a run that died while saving left
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -198,9 +206,11 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     """
     args = _decided(args)
     resume_from = _checked_output(args)
+    sharding = _sharding(args)
     host.quiet()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    base = checkpoints.load_base(args.model, DTYPES[args.dtype])
+    with fsdp2.one_rank_at_a_time() if sharding else contextlib.nullcontext():
+        base = checkpoints.load_base(args.model, DTYPES[args.dtype])
     rows = load_instructions(args.dataset, vocab_size=base.model.config.vocab_size, seed=args.seed)
     model = checkpoints.attach_lora(base.model, args.lora_rank)
     if args.attention != "stock":
@@ -211,8 +221,12 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     output_dir.mkdir(parents=True, exist_ok=True)
     log = StepLog(output_dir / "train_log.csv", keep_up_to=_step_of(resume_from))
 
-    before = answer(model, base.tokenizer, prompt)
-    with _deterministic(args.deterministic), nf4_decoder(model, args.nf4), compiled_regions(model, args.compile):
+    before = answer(model, base.tokenizer, prompt) if fsdp2.main_process() else ""
+    with (
+        _deterministic(args.deterministic),
+        nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
+        compiled_regions(model, args.compile and not sharding) as regions,
+    ):
         trainer = QLoRATrainer(
             model,
             loss=args.loss,
@@ -221,16 +235,36 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
             processing_class=base.tokenizer,
             callbacks=[log, *(callbacks or [])],
         )
-        print(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args)), flush=True)
+        if sharding:
+            fsdp2.shard_trainer(trainer, sharding)
+            regions = {"layers": "compiled"} if sharding.compile_blocks else {}
+        _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with MemoryTimeline() as timeline:
             trainer.train(resume_from_checkpoint=resume_from)
         allocated, reserved = peak_gib()
         trainer.save_model(args.output_dir)
-    after = answer(model, base.tokenizer, prompt)
-    print(f"peak memory: {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; adapter in {args.output_dir}")
+    after = answer(model, base.tokenizer, prompt)  # of a sharded model all ranks together
+    _say(f"peak memory: {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; adapter in {args.output_dir}")
     return TrainResult(log.rows, base.label, output_dir, allocated, reserved, timeline.rows, before, after)
+
+
+def _say(line: str) -> None:
+    if fsdp2.main_process():
+        print(line, flush=True)
+
+
+def _sharding(args: TrainArguments) -> fsdp2.FSDP2Config | None:
+    """With ``--fsdp2``: its options, once this process has joined the others."""
+    if not args.fsdp2:
+        return None
+    dtype = None if args.dtype == "float32" else DTYPES[args.dtype]
+    config = fsdp2.FSDP2Config.parse(
+        args.fsdp2_options, param_dtype=dtype, compile_blocks=args.compile, decoder=args.nf4
+    )
+    fsdp2.start_ranks("cuda" if torch.cuda.is_available() else "cpu")
+    return config
 
 
 @contextlib.contextmanager
@@ -246,25 +280,30 @@ def nf4_decoder(model: torch.nn.Module, choice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled_regions(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """``torch.compile`` the regions of ``model`` (helpers/compiling.py) where that is asked for."""
+def compiled_regions(model: torch.nn.Module, wanted: bool) -> Iterator[dict[str, str]]:
+    """``torch.compile`` the regions of ``model`` (helpers/compiling.py) where that is asked for; yields what became
+    of each region."""
     if not wanted:
-        yield
+        yield {}
         return
     from .compiling import compile_model
 
-    with compile_model(model):
-        yield
+    with compile_model(model) as compiled:
+        yield compiled.parts
 
 
-def active_parts(trainer: QLoRATrainer, args: TrainArguments) -> list[str]:
+def active_parts(trainer: QLoRATrainer, args: TrainArguments, regions: dict[str, str]) -> list[str]:
     """What is switched on, read off the model and the trainer themselves, for the first line of a run."""
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
-    decoder = "Triton kernel" if args.nf4 == "triton" else "bitsandbytes"
+    layers = [module for module in trainer.model.modules() if isinstance(module, Linear4bit | NF4Linear)]
+    ours = sum(
+        getattr(layer, "decoder", "") == "triton" or layer.forward.__module__ == f"{__package__}.nf4_linear"
+        for layer in layers
+    )
     rows = trainer.args.per_device_train_batch_size
     return [
-        f"NF4 decoded by {decoder}",
+        f"NF4 decoded by {'the Triton kernel' if ours else 'bitsandbytes'} in {ours or len(layers)} layers",
         f"{args.dtype} compute",
         f"LoRA {trainable[0].dtype}".replace("torch.", "") + f" {count / 1e6:.1f} M parameters",
         "checkpointing" if trainer.model.is_gradient_checkpointing or trainer.args.gradient_checkpointing
@@ -272,7 +311,10 @@ def active_parts(trainer: QLoRATrainer, args: TrainArguments) -> list[str]:
         f"{trainer.loss_path} loss",
         f"attention {trainer.model.config._attn_implementation}",
         "packed rows" if trainer.args.packing else "padded rows",
+        "compiled: " + ", ".join(f"{name} ({what})" if what != "compiled" else name for name, what in regions.items())
+        if regions else "eager",
         f"batch {rows} x {trainer.args.gradient_accumulation_steps}",
+        *fsdp2.active_parts(trainer.model),
     ]  # fmt: skip
 
 
@@ -316,7 +358,9 @@ def _decided(args: TrainArguments) -> TrainArguments:
     # TRL launches its Triton loss kernel on CPU tensors too wherever triton can be imported.
     if values["attention"] not in ATTENTIONS:
         raise ValueError(f"--attention {args.attention!r} is not one of {', '.join(ATTENTIONS)}")
-    values["loss"] = _choice("loss", values["loss"], {"trl": gpu, "full": True})
+    if args.fsdp2 and args.loss == "trl":
+        raise ValueError("--loss trl reads the head's weight past FSDP2, which shards it; use --loss full with --fsdp2")
+    values["loss"] = _choice("loss", values["loss"], {"trl": gpu and not args.fsdp2, "full": True})
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if values["nf4"] == "auto" and not gpu:
         values["nf4"] = "bitsandbytes"  # the interpreter is right, and slow
@@ -377,6 +421,7 @@ def _trainer_config(args: TrainArguments) -> SFTConfig:
         log_level="error",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
+        **(fsdp2.training_arguments(fsdp2.FSDP2Config.parse(args.fsdp2_options)) if args.fsdp2 else {}),
     )
 
 
@@ -407,7 +452,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if result.answer_before:
+    if args.fsdp2:
+        fsdp2.stop_ranks()
+    if fsdp2.main_process() and result.answer_before:
         print(f"asked:  {args.prompt}\nbefore: {result.answer_before}\nafter:  {result.answer_after}")
     return 0
 
