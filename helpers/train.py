@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import logging
 import os
 import random
 import shutil
@@ -148,6 +149,8 @@ class QLoRATrainer(fsdp2.SavesAdapter, SFTTrainer):
     def __init__(self, model, loss: str, **kwargs):
         self.loss_path = loss
         adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        # It warns of packing with any attention but flash-attn's; transformers masks packed rows for each of ours.
+        logging.getLogger("trl").setLevel(logging.ERROR)
         super().__init__(model, **kwargs)
         self.remove_callback(PrinterCallback)  # StepLog prints
         # TRL rounds adapters of a quantised model to bfloat16 (peft#2889); GradScaler has no bfloat16 unscale.
