@@ -267,6 +267,7 @@ def _random_shape(shape: str, dtype: torch.dtype, device: torch.device) -> Check
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
+    _same_arithmetic_in_evaluation(model)
     label = f"{shape} shape, RANDOM weights"
     return Checkpoint(model, byte_tokenizer(), label, random_weights=True)
 

@@ -129,7 +129,7 @@ def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decode
     model = qlora_model()
     checkpointing(model, checkpointed)
     weights = trainable(model)
-    steps = 7 if decoder == "bitsandbytes" else 2  # the kernel is interpreted here
+    steps = 6 if decoder == "bitsandbytes" else 2  # the kernel is interpreted here
     expected = train(model, batches(steps, 90))
     reached = trainable(model)
     restart(model, weights)
@@ -139,7 +139,7 @@ def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decode
         decoding = triton_nf4(model)
     else:
         decoding = contextlib.nullcontext()
-    with CompileCounter() as counter, decoding, compile_model(model, backend="aot_eager") as compiled:
+    with CompileCounter() as counter, decoding, compile_model(model, backend="aot_eager_decomp_partition") as compiled:
         found = train(model, batches(steps, 90))
     assert set(compiled.parts.values()) == {"compiled"}
     assert counter.graph_breaks == 0, str(counter)
@@ -198,7 +198,7 @@ def test_packed_rows_through_flex_at_any_length(monkeypatch):
             ids = torch.randint(3, 256, (1, total))
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
             labels = ids.masked_fill(positions == 0, -100)
-            yield [{"input_ids": ids, "position_ids": positions, "labels": labels}]
+            yield [{"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}]
 
     micro = list(packed(12))
     weights = trainable(model)
@@ -303,18 +303,6 @@ def test_small_gpus_may_autotune_and_only_within():
     with triton_matmul_on_small_gpus():
         assert utils.is_big_gpu(torch.device("cuda", 0))
     assert utils.is_big_gpu is before
-
-
-def test_inductor_compiles_a_qlora_step_on_the_cpu():
-    model = qlora_model(layers=1)
-    checkpointing(model, True)
-    weights = trainable(model)
-    expected = train(model, batches(3, 60), evaluate=False)
-    restart(model, weights)
-    with CompileCounter() as counter, compile_model(model):
-        found = train(model, batches(3, 60), evaluate=False)
-    assert counter.graph_breaks == 0 and counter.compiles <= 4, str(counter)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
