@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 IGNORE = -100
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -67,13 +69,13 @@ def encode_conversation(
         raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer (use_fast=True)"
         )
-    messages = without_nones(messages)
 
     def render(part: Messages, prompt: bool = False) -> str:
         return tokenizer.apply_chat_template(
             part, chat_template=chat_template, tools=tools, tokenize=False, add_generation_prompt=prompt
         )
 
+    messages = fit_content(without_nones(messages), render)
     text = render(messages)
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -126,6 +128,50 @@ def labels_for(ids: Sequence[int], said: Sequence[bool], masked: Iterable[int] =
     return labels
 
 
+def fit_content(messages: Messages, render: Callable[..., str]) -> Messages:
+    """The messages with text contents as strings, or all as lists of parts: whichever shows more of the texts.
+
+    Templates read one or the other, and some leave out or spell out in Python what they cannot read.
+
+    Raises: ValueError with the template's own words, where it takes neither form.
+    """
+    error, best, most = None, None, -1
+    for form in (_as_strings, _as_parts):
+        candidate = [form(message) for message in messages]
+        try:
+            rendered = render(candidate)
+        except (TemplateError, TypeError) as refusal:
+            error = error or refusal
+            continue
+        shown = sum(text.strip() in rendered for message in messages for text in _texts(message))
+        if shown > most:
+            best, most = candidate, shown
+    if best is None:
+        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+    return best
+
+
+def _texts(message: dict[str, Any]) -> list[str]:
+    content = message.get("content")
+    return [content] if isinstance(content, str) else [part["text"] for part in content or [] if "text" in part]
+
+
+def _as_strings(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list) or not all("text" in part for part in content):
+        return _as_parts(message) if isinstance(content, list) else message
+    return {**message, "content": "".join(_texts(message))}
+
+
+def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if content is None:
+        return message
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    # Pixtral's first template read a text's `content`.
+    return {**message, "content": [{**part, "content": part["text"]} if "text" in part else part for part in content]}
+
+
 def without_nones(messages: Messages) -> Messages:
     """The messages, copied, without keys whose value is None: ``datasets`` adds those, and templates test for keys."""
     cleaned = []
@@ -138,8 +184,6 @@ def without_nones(messages: Messages) -> Messages:
 
 
 def _spans_by_prefix(messages: Messages, text: str, render: Callable[..., str]) -> list[Span] | None:
-    from jinja2 import TemplateError
-
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -167,18 +211,19 @@ def _spans_by_marks(
     marked = []
     for turn, message in enumerate(messages):
         content = message.get("content")
-        if isinstance(content, str):
+        if message["role"] == "assistant" and isinstance(content, str):
             message = {**message, "content": mark(content, turn)}
-        elif isinstance(content, list):
-            parts = [{**part, "text": mark(part["text"], turn)} if "text" in part else part for part in content]
+        elif message["role"] == "assistant" and isinstance(content, list):
+            texts = ("text", "content")
+            parts = [{k: mark(v, turn) if k in texts else v for k, v in part.items()} for part in content]
             message = {**message, "content": parts}
         marked.append(message)
-    found: dict[int, list[int]] = {}  # turn -> where its marks stand in the text without marks
+    found: dict[tuple[int, bool], list[int]] = {}  # (turn, closing) -> where its marks stand in the text without marks
     at, plain = 0, ""
     rendered = render(marked)
-    for match in re.finditer(rf"</?{nonce}:(\d+)>", rendered):
+    for match in re.finditer(rf"<(/?){nonce}:(\d+)>", rendered):
         plain += rendered[at : match.start()]
-        found.setdefault(int(match[1]), []).append(len(plain))
+        found.setdefault((int(match[2]), bool(match[1])), []).append(len(plain))
         at = match.end()
     if plain + rendered[at:] != text:
         return None
@@ -186,9 +231,9 @@ def _spans_by_marks(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        if turn not in found:  # a bare tool call, or a text that the template leaves out
+        if (turn, False) not in found or (turn, True) not in found:  # a bare tool call, or a text partly left out
             return None
-        start, end = min(found[turn]), max(found[turn])
+        start, end = min(found[turn, False]), max(found[turn, True])
         tail = text[end:]
         blank = len(tail) - len(tail.lstrip())
         closing = [token for token in special_tokens if tail.startswith(token, blank)]

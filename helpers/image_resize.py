@@ -62,10 +62,13 @@ class ImageSize:
         Args:
             processor: a processor or image processor of transformers.
             config: the model's config; its ``vision_config.image_size`` counts where the processor has no limit.
+
+        A processor that brings every image to one size itself (CLIP, SigLIP) gets no cap: it would only blur.
         """
         image_processor = getattr(processor, "image_processor", processor)
-        multiple = _grid(processor, image_processor)
-        if max_side is None and max_pixels is None and exact is None:
+        multiple = image_grid(processor)
+        one_size = multiple == 1 and not hasattr(image_processor, "max_image_tiles")
+        if max_side is None and max_pixels is None and exact is None and not one_size:
             max_side, max_pixels = _own_limits(image_processor)
             if max_side is None and max_pixels is None:
                 max_side = _config_side(config)
@@ -119,12 +122,9 @@ def open_image(image: Any) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _exceeds(size: tuple[int, int], bound: tuple[int, int]) -> bool:
-    return size[0] > bound[0] or size[1] > bound[1]
-
-
-def _grid(processor: Any, image_processor: Any) -> int:
+def image_grid(processor: Any) -> int:
     """Pixels of one image token's side: patch size times merge size; 1 where the model cuts tiles or crops itself."""
+    image_processor = getattr(processor, "image_processor", processor)
     patch = getattr(image_processor, "patch_size", None)
     if patch is None:
         return 1
@@ -133,20 +133,24 @@ def _grid(processor: Any, image_processor: Any) -> int:
     return side * merge
 
 
+def _exceeds(size: tuple[int, int], bound: tuple[int, int]) -> bool:
+    return size[0] > bound[0] or size[1] > bound[1]
+
+
 def _own_limits(image_processor: Any) -> tuple[int | None, int | None]:
     """(max_side, max_pixels) of an image processor."""
     size = getattr(image_processor, "size", None) or {}
-    longest, shortest, height, width = (
+    longest, height, width = (
         size.get(key) if isinstance(size, dict) else getattr(size, key, None)
-        for key in ("longest_edge", "shortest_edge", "height", "width")
+        for key in ("longest_edge", "height", "width")
     )
     if longest and hasattr(image_processor, "merge_size"):  # Qwen calls numbers of pixels edges
         return None, longest
     if longest:
         return longest, None
-    if height and width:
-        return max(height, width) * (getattr(image_processor, "max_image_tiles", None) or 1), None
-    return shortest, None
+    if height and width:  # of a tile
+        return max(height, width) * image_processor.max_image_tiles, None
+    return None, None
 
 
 def _config_side(config: Any) -> int | None:
