@@ -7,16 +7,21 @@ call, whose cost on the CPU matters because a decode takes no more than 7 to 60 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided  # Inductor's: no dispatcher
 from torch.library import custom_op, triton_op, wrap_triton
+from triton import knobs
 
 from .nf4_kernel import FP4_TABLE, NF4_TABLE, dequantize_kernel
 
 __all__ = ["FP4_TABLE", "INTERPRETED", "NF4_TABLE", "dequantize_kernel", "dequantize_nf4", "launch_options"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
 INTERPRETED = not isinstance(dequantize_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: the kernel runs on the CPU
 
 
@@ -137,43 +142,90 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, de
         )
 
 
-# Compiled kernels, by everything that the compilation depends on. `compiled[grid]` looks up the device's current stream
-# and the profilers' hooks at every call, as `kernel[grid]` does, and saves binding and specializing 16 arguments.
-_RUNNERS: dict[tuple, tuple] = {}
+class _Launch(NamedTuple):
+    """A compiled kernel and what its launches share: all that does not move from call to call."""
+
+    run: Callable
+    grid: tuple[int, int, int]
+    function: int
+    metadata: Any
+    constants: tuple
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _dequantize_eager(packed: torch.Tensor, quant_state, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """`_dequantize` without the dispatcher, which would cost about as much as the kernel of a small weight."""
-    absmax, blocksize, device = quant_state.absmax, quant_state.blocksize, packed.device
-    shape, state2 = tuple(quant_state.shape), quant_state.state2
-    if state2 is None:
-        blocksize2, statistics = None, (absmax, absmax, absmax, absmax)
-    else:
-        blocksize2, statistics = state2.blocksize, (absmax, state2.code, state2.absmax, quant_state.offset)
-    key = (
-        packed.numel(), device, shape, dtype, quant_state.quant_type, blocksize, blocksize2,
-        *[x.dtype for x in statistics],
-    )  # fmt: skip
-    runner, constants = _RUNNERS.get(key, (None, ()))
-    if runner is None:
-        _check(packed, quant_state, dtype)
+# By everything that the compilation and the checks depend on. Pointers, the stream and the profilers' hooks are read at
+# every call. `kernel[grid](...)` would bind and specialize 18 arguments, call two empty hooks
+# and ask the driver about each pointer.
+_LAUNCHES: dict[tuple, _Launch] = {}
+
+
+def _hooked() -> bool:
+    """Whether a profiler (Proton) or the user listens to launches: then Triton's own way is taken, which tells them."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _launch_jit(
+    weight: torch.Tensor, statistics: tuple, quant_state, blocksize2: int | None, out: torch.Tensor | None, dtype
+) -> tuple[torch.Tensor, _Launch | None]:
+    """Check, compile where needed and launch, whatever the input; and how to launch the like of it directly."""
+    _check(weight, quant_state, dtype)
+    packed = weight.contiguous().view(torch.uint8)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=device)
-    else:
-        _check_out(out, shape, dtype, device)
-    n, pointers = out.numel(), packed.data_ptr() | out.data_ptr()
-    if runner is not None and pointers % 16 == 0:
-        runner(packed, *statistics, out, n, *constants)
-        return out
+        out = torch.empty(quant_state.shape, dtype=dtype, device=packed.device)
     options = launch_options(
-        n, dtype, _capability(device), blocksize, blocksize2, quant_state.quant_type == "fp4", words=pointers % 4 == 0
+        n := out.numel(),
+        dtype,
+        _capability(packed.device),
+        quant_state.blocksize,
+        blocksize2,
+        quant_state.quant_type == "fp4",
+        words=(packed.data_ptr() | out.data_ptr()) % 4 == 0,
     )
     grid = _grid(n, options)
     compiled = dequantize_kernel[grid](packed, *statistics, out, n, **options)
-    if compiled is not None and pointers % 16 == 0:  # the interpreter returns None
-        options.pop("num_warps")
-        _RUNNERS[key] = compiled[grid], tuple(options.values())
-    return out
+    if compiled is None or (packed.data_ptr() | out.data_ptr()) % 16:  # interpreted, or compiled for odd pointers
+        return out, None
+    del options["num_warps"]
+    launch = _Launch(
+        compiled.run, grid, compiled.function, compiled.packed_metadata, (n, *options.values()),
+        tuple(out.shape), out.stride(), dtype,
+    )  # fmt: skip
+    return out, launch
+
+
+def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """`_dequantize` without the dispatcher, which would cost about as much as the kernel of a small weight."""
+    absmax, state2 = quant_state.absmax, quant_state.state2
+    if state2 is None:
+        blocksize2, code2, absmax2, offset = None, absmax, absmax, absmax
+    else:
+        blocksize2, code2, absmax2, offset = state2.blocksize, state2.code, state2.absmax, quant_state.offset
+    device = weight.device
+    shape = tuple(quant_state.shape)
+    key = (
+        shape, dtype, device, weight.shape, weight.dtype, quant_state.blocksize, quant_state.quant_type,
+        blocksize2, absmax.device, absmax.dtype, code2.dtype, absmax2.dtype, offset.dtype,
+    )  # fmt: skip
+    if out is not None:
+        _check_out(out, shape, dtype, device)
+    launch = _LAUNCHES.get(key)
+    if launch is not None and weight.is_contiguous() and not _hooked():
+        result = empty_strided(launch.shape, launch.stride, dtype) if out is None else out
+        source, target = weight.data_ptr(), result.data_ptr()
+        if (source | target) % 16 == 0:
+            launch.run(
+                *launch.grid, current_stream(device.index), launch.function, launch.metadata, None, None, None,
+                source, absmax.data_ptr(), code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr(), target,
+                *launch.constants,
+            )  # fmt: skip
+            return result
+    result, launch = _launch_jit(weight, (absmax, code2, absmax2, offset), quant_state, blocksize2, out, dtype)
+    if launch is not None:
+        _LAUNCHES[key] = launch
+    return result
 
 
 def dequantize_nf4(
@@ -217,12 +269,10 @@ def dequantize_nf4(
         return result.t() if weight.shape[0] == 1 else result
     # Params4bit overrides __torch_function__: without this every attribute read below costs 2 us.
     with torch._C.DisableTorchFunctionSubclass():
-        packed = weight if weight.is_contiguous() else weight.contiguous()
-        if packed.dtype != torch.uint8:
-            packed = packed.view(torch.uint8)
-        if packed.is_cuda and packed.device.index != torch.cuda.current_device():
-            with torch.cuda.device(packed.device):
-                result = _dequantize_eager(packed, quant_state, out, dtype)
+        index = weight.device.index
+        if index is None or index == torch.cuda.current_device():
+            result = _dequantize_eager(weight, quant_state, out, dtype)
         else:
-            result = _dequantize_eager(packed, quant_state, out, dtype)
+            with torch.cuda.device(index):
+                result = _dequantize_eager(weight, quant_state, out, dtype)
         return result.t() if weight.shape[0] == 1 else result
