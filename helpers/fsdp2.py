@@ -15,6 +15,7 @@ before sharding it, or for a policy without ``cast_forward_inputs``, which round
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -40,8 +42,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .fsdp2_optimizer import step_on_shards
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 
 RAISED = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*|error: .*)")  # the last line of a traceback
@@ -54,9 +58,9 @@ class FSDP2Config:
     ``param_dtype``: what weights are gathered and computed in (None: as stored); gradients are reduced in float32.
     ``cpu_offload``: shards, their gradients and the optimizer live in host memory. ``reshard_after_forward``: free a
     block's weights between forward and backward. ``prefetch``: blocks gathered ahead of the one that computes.
-    ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``). ``decoder``: ``triton`` or
-    ``bitsandbytes``. ``full_checkpoints``: one file that any world size reads, gathered on rank 0, instead of one a
-    rank (which any world size reads too).
+    ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``), with ``checkpoint_blocks`` so that
+    its graph recomputes in backward. ``decoder``: ``triton`` or ``bitsandbytes``. ``full_checkpoints``: one file that
+    any world size reads, gathered on rank 0, instead of one a rank (which any world size reads too).
     """
 
     param_dtype: torch.dtype | None = None
@@ -64,6 +68,7 @@ class FSDP2Config:
     reshard_after_forward: bool = True
     prefetch: int = 1
     compile_blocks: bool = False
+    checkpoint_blocks: bool = False
     decoder: str = "bitsandbytes"
     full_checkpoints: bool = False
 
@@ -223,9 +228,9 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     _check(model)
-    if config.compile_blocks:  # after checkpointing, which wraps the call, and before FSDP2's hooks
-        for block in blocks:
-            block.compile(fullgraph=True, dynamic=True)
+    if config.compile_blocks:
+        _compile(blocks, config.checkpoint_blocks)
+        model.enable_input_require_grads()  # of the first block too, or it would be a graph of its own
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
@@ -264,11 +269,18 @@ def shard_trainer(trainer: Any, config: FSDP2Config) -> None:
         trainer.is_fsdp_enabled = True
 
 
-class SavesAdapter:
-    """Mixin for a ``Trainer``: ``save_model`` writes PEFT's adapter files and gathers nothing but the adapter.
+class TrainsSharded:
+    """Mixin for a ``Trainer``, without effect on a model that is not sharded.
 
-    Trainer would gather the whole 4-bit base first (full state dict), or write no adapter at all (sharded).
+    ``save_model`` writes PEFT's adapter files and gathers nothing but the adapter: Trainer would gather the whole
+    4-bit base first (full state dict), or write no adapter at all (sharded). bitsandbytes' optimizers step on shards.
     """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if isinstance(self.model, FSDPModule) and isinstance(optimizer, Optimizer8bit):
+            step_on_shards(optimizer)
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not isinstance(self.model, FSDPModule):
@@ -319,6 +331,29 @@ def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:
     )  # fmt: skip
     pinned = torch.cuda.is_available()
     return {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pinned) if config.cpu_offload else OffloadPolicy()}
+
+
+def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
+    """Compile the forward of each block, all to one graph. FSDP2's hooks run in the call around it and stay outside.
+
+    A checkpoint is put inside the graph, where it is a mark for the compiler. Around a compiled call it would run two
+    Python hooks for each tensor that the graph saves, and gather the block's weights before recomputing.
+    """
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"  # Inductor's C++ takes a minute to compile
+
+    def block_forward(forward, block, args, kwargs):
+        if checkpointed and torch.is_grad_enabled():
+            return checkpoint(functools.partial(forward, block, **kwargs), *args, use_reentrant=False)
+        return forward(block, *args, **kwargs)
+
+    region = torch.compile(block_forward, fullgraph=True, dynamic=True, backend=backend)
+
+    def call(forward, block, *args, **kwargs):
+        run = block_forward if kwargs.get("past_key_values") is not None else region
+        return run(forward, block, args, kwargs)
+
+    for block in blocks:
+        block.forward = functools.partial(call, type(block).forward, block)
 
 
 def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:

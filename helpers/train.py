@@ -143,7 +143,7 @@ class StepLog(TrainerCallback):
         )
 
 
-class QLoRATrainer(fsdp2.SavesAdapter, SFTTrainer):
+class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
     """``SFTTrainer`` with float32 adapters and checkpoints that appear whole or not at all."""
 
     def __init__(self, model, loss: str, **kwargs):
@@ -228,7 +228,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     with (
         _deterministic(args.deterministic),
         nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
-        compiled_regions(model, args.compile and not sharding) as regions,
+        compiled_regions(model, args.compile, sharded=args.fsdp2) as regions,
     ):
         trainer = QLoRATrainer(
             model,
@@ -240,7 +240,6 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         )
         if sharding:
             fsdp2.shard_trainer(trainer, sharding)
-            regions = {"layers": "compiled"} if sharding.compile_blocks else {}
         _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -264,8 +263,9 @@ def _sharding(args: TrainArguments) -> fsdp2.FSDP2Config | None:
         return None
     dtype = None if args.dtype == "float32" else DTYPES[args.dtype]
     config = fsdp2.FSDP2Config.parse(
-        args.fsdp2_options, param_dtype=dtype, compile_blocks=args.compile, decoder=args.nf4
-    )
+        args.fsdp2_options, param_dtype=dtype, compile_blocks=args.compile,
+        checkpoint_blocks=args.compile and args.checkpointing, decoder=args.nf4,
+    )  # fmt: skip
     fsdp2.start_ranks("cuda" if torch.cuda.is_available() else "cpu")
     return config
 
@@ -283,13 +283,18 @@ def nf4_decoder(model: torch.nn.Module, choice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled_regions(model: torch.nn.Module, wanted: bool) -> Iterator[dict[str, str]]:
+def compiled_regions(model: torch.nn.Module, wanted: bool, sharded: bool = False) -> Iterator[dict[str, str]]:
     """``torch.compile`` the regions of ``model`` (helpers/compiling.py) where that is asked for; yields what became
-    of each region."""
+    of each region. A ``sharded`` model's layers are compiled by helpers/fsdp2.py, under the same settings."""
     if not wanted:
         yield {}
         return
-    from .compiling import compile_model
+    from .compiling import compile_model, one_graph
+
+    if sharded:
+        with one_graph():
+            yield {"layers": "compiled"}
+        return
 
     with compile_model(model) as compiled:
         yield compiled.parts
@@ -310,7 +315,7 @@ def active_parts(trainer: QLoRATrainer, args: TrainArguments, regions: dict[str,
         f"{args.dtype} compute",
         f"LoRA {trainable[0].dtype}".replace("torch.", "") + f" {count / 1e6:.1f} M parameters",
         "checkpointing" if trainer.model.is_gradient_checkpointing or trainer.args.gradient_checkpointing
-        else "no checkpointing",
+        or (args.fsdp2 and args.compile and args.checkpointing) else "no checkpointing",
         f"{trainer.loss_path} loss",
         f"attention {trainer.model.config._attn_implementation}",
         "packed rows" if trainer.args.packing else "padded rows",
@@ -410,7 +415,7 @@ def _trainer_config(args: TrainArguments) -> SFTConfig:
         warmup_steps=1,
         logging_steps=1,
         optim=args.optimizer,
-        gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing=args.checkpointing and not (args.fsdp2 and args.compile),  # there it is in the graph
         gradient_checkpointing_kwargs={"use_reentrant": False} if args.checkpointing else None,
         bf16=args.dtype == "bfloat16",
         fp16=args.dtype == "float16",
