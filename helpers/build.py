@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,12 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-from . import __version__, catalogue
+from . import __version__, catalogue, checks
 from .environment import ROOT, SetupError
 from .results import criteria_table, write_atomically
 
 HOSTS = ("kaggle", "colab")
-MAX_BYTES = 1_000_000
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|KGAT_\w+)")
-HOME = re.compile(r"(/home/[a-z][\w-]*/|/root/|/Users/[A-Za-z]|[A-Z]:\\\\?Users\\)")
+REHEARSED = "_t4rehearsal"  # ends the names of a rehearsal's figures
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
           "language_info": {"name": "python"}}  # fmt: skip
 HOST_METADATA: dict[str, dict[str, Any]] = {
@@ -85,16 +82,11 @@ def kernel_metadata(stem: str) -> dict[str, Any]:
     """``kernel-metadata.json`` for Kaggle: a public notebook on two T4s with internet."""
     title = "QLoRA " + stem.replace("_", " ")
     return {
-        "id": f"{slug().split('/')[0]}/{slugified(title)}", "title": title, "code_file": f"{stem}.ipynb",
+        "id": f"{slug().split('/')[0]}/{checks.slugified(title)}", "title": title, "code_file": f"{stem}.ipynb",
         "language": "python", "kernel_type": "notebook", "is_private": False, "enable_gpu": True, "enable_tpu": False,
         "enable_internet": True, "machine_shape": "NvidiaTeslaT4", "docker_image_pinning_type": "original",
         "dataset_sources": [], "competition_sources": [], "kernel_sources": [], "model_sources": [],
     }  # fmt: skip
-
-
-def slugified(title: str) -> str:
-    """The slug that Kaggle makes of a title."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def for_host(notebook: NotebookNode, host: str) -> NotebookNode:
@@ -105,11 +97,11 @@ def for_host(notebook: NotebookNode, host: str) -> NotebookNode:
 
 
 def build() -> None:
-    """Write the Kaggle and Colab copies that have no executed one, their metadata, and README's tables."""
+    """Write Kaggle and Colab copies where no executed ones stand, Kaggle's metadata, and README's tables."""
     for item in catalogue.notebooks():
         source, places = from_source(item.path), copies(item.path.stem)
         for host in HOSTS:
-            if not places[host].exists() or list(_differences(_read(places[host]), source)):
+            if not places[host].exists() or checks.never_executed(_read(places[host])):
                 write_notebook(for_host(source, host), places[host])
         metadata = json.dumps(kernel_metadata(item.path.stem), indent=1) + "\n"
         write_atomically(places["kaggle"].with_name("kernel-metadata.json"), metadata)
@@ -117,137 +109,86 @@ def build() -> None:
 
 
 def promote(run: Path) -> list[Path]:
-    """Take the notebooks, figures and results of an executed run as the committed copies.
+    """Take the notebooks, figures and results of an executed run as the committed copies; all of them or none.
 
     Raises:
-        SetupError: no executed notebook in ``run``, one whose cells differ from its source, or an incomplete one.
+        SetupError: no executed notebook in ``run``, one whose cells differ from its source, or one unfit to commit.
     """
     stems = {item.path.stem: item for item in catalogue.notebooks()}
     executed = [path for path in sorted(run.glob("*.ipynb")) if path.stem in stems]
     if not executed:
         raise SetupError(f"{run} holds no executed notebook of {', '.join(stems)}")
-    taken: list[tuple[NotebookNode, Path]] = []
+    taken: dict[Path, NotebookNode] = {}
+    files: list[Path] = []
     for path in executed:
         item, notebook = stems[path.stem], _read(path)
-        problems = list(_differences(notebook, from_source(item.path))) + list(_unexecuted(notebook))
-        if problems:
-            raise SetupError(f"{path} is not taken: {problems[0]}")
-        found = sorted(run.glob(f"{item.letter}_results*.json"))
-        if not found:
-            raise SetupError(f"{path} is not taken: its run left no {item.letter}_results.json")
-        results = json.loads(found[0].read_text(encoding="utf-8"))
+        try:
+            (found,) = run.glob(f"{item.letter}_results*.json")
+            results = json.loads(found.read_text(encoding="utf-8"))
+            ran = {key: results[key] for key in ("rehearsal", "date", "minutes", "peak_gib", "parameters")}
+        except (ValueError, KeyError):
+            raise SetupError(
+                f"{path} is not taken: no {item.letter}_results.json as `python3 -m helpers run` leaves it is beside it"
+            ) from None
         notebook.metadata.pop("papermill", None)  # it holds paths of the machine that ran it
-        notebook.metadata["executed_on"] = {"rehearsal": results["rehearsal"], "date": results["date"],
-                                            "parameters": results["parameters"]} | results["environment"]  # fmt: skip
+        notebook.metadata["executed_on"] = ran | results["environment"]
         for cell in notebook.cells:
             cell.metadata.pop("papermill", None), cell.metadata.pop("execution", None)
+        source = from_source(item.path)
+        problems = [*checks.differences(notebook, source), *checks.unexecuted(notebook), *checks.unfit(notebook)]
+        if problems:
+            raise SetupError(f"{path} is not taken: {problems[0]}")
         places = copies(path.stem)
         if results["rehearsal"]:
-            taken += [(for_host(notebook, host), places[host]) for host in HOSTS]
+            taken |= {places[host]: for_host(notebook, host) for host in HOSTS}
         else:
-            taken.append((notebook, places["native"]))
-    for notebook, place in taken:
+            taken[places["native"]] = notebook
+        files += figures_of(item.letter, results["rehearsal"], run)
+    for place, notebook in taken.items():
         write_notebook(notebook, place)
-    for path in sorted(run.iterdir()):
-        if re.match(r"[A-Z]_.*\.(png|csv|json)$", path.name):
-            (ROOT / "figures").mkdir(exist_ok=True)
-            shutil.copyfile(path, ROOT / "figures" / path.name)
-    return [place for _, place in taken]
+    (ROOT / "figures").mkdir(exist_ok=True)
+    for kind in {(path.name[0], REHEARSED in path.stem) for path in files}:
+        for old in figures_of(*kind, ROOT / "figures"):
+            old.unlink()
+    for path in files:
+        shutil.copyfile(path, ROOT / "figures" / path.name)
+    return [*taken, *(ROOT / "figures" / path.name for path in files)]
 
 
-def check() -> list[str]:
-    """Everything that is stale or unfit among the committed copies; empty when all is well."""
-    problems = []
+def figures_of(letter: str, rehearsal: bool, folder: Path) -> list[Path]:
+    """Plots, their rows and results of one notebook's native run, or of its T4 rehearsal, in ``folder``."""
+    found = (path for path in sorted(folder.glob(f"{letter}_*")) if path.suffix in {".png", ".csv", ".json"})
+    return [path for path in found if (REHEARSED in path.stem) == rehearsal]
+
+
+def check() -> tuple[list[str], list[str]]:
+    """What is stale or unfit among the committed copies, and which notebooks have no executed copy yet."""
+    problems, notes = [], []
     for item in catalogue.notebooks():
         source = from_source(item.path)
         for place in copies(item.path.stem).values():
             where = place.relative_to(ROOT).as_posix()
             if not place.exists():
-                problems.append(f"{where} is missing")
+                notes.append(f"{where}: not executed yet")
                 continue
             notebook = _read(place)
-            found = [*_differences(notebook, source), *_unexecuted(notebook), *_unfit(place)]
-            problems += [f"{where}: {problem}" for problem in found]
-        problems += [f"kaggle/{item.path.stem}: {problem}" for problem in kaggle_problems(item.path.stem)]
+            found = [*checks.differences(notebook, source), *checks.unfit(notebook)]
+            if checks.never_executed(notebook) and not found:
+                notes.append(f"{where}: not executed yet")
+            else:
+                problems += [f"{where}: {problem}" for problem in [*found, *checks.unexecuted(notebook)]]
+        folder = copies(item.path.stem)["kaggle"].parent
+        if folder.exists():
+            wrong = checks.kaggle_problems(folder, kernel_metadata(item.path.stem))
+            problems += [f"kaggle/{item.path.stem}: {problem}" for problem in wrong]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if with_tables(readme) != readme:
         problems.append("README.md: its tables differ from figures/*_results.json; run `python3 -m helpers build`")
-    return problems
+    return problems, notes
 
 
 def _read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
-
-
-def _own_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-
-
-def _differences(executed: NotebookNode, source: NotebookNode) -> Iterator[str]:
-    mine, theirs = _own_cells(executed), source.cells
-    if len(mine) != len(theirs):
-        yield f"has {len(mine)} cells, its source {len(theirs)}"
-    for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
-        if (a.cell_type, a.source) != (b.cell_type, b.source):
-            yield f"cell {i} differs from its source: {(b.source.strip() or '(empty)').splitlines()[0][:60]!r}"
-
-
-def _unexecuted(notebook: NotebookNode) -> Iterator[str]:
-    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    if counts != list(range(1, len(counts) + 1)):
-        yield "was not executed in order from its first cell to its last"
-    for cell in notebook.cells:
-        if any(output.output_type == "error" for output in cell.get("outputs", [])):
-            yield f"has an error output in {cell.source.splitlines()[0][:60]!r}"
-
-
-def _unfit(path: Path) -> Iterator[str]:
-    text = path.read_text(encoding="utf-8")
-    if len(text.encode()) > MAX_BYTES:
-        yield f"has {len(text.encode()):,} bytes, more than {MAX_BYTES:,}"
-    notebook = nbformat.reads(text, as_version=4)
-    if "widgets" in notebook.metadata or "application/vnd.jupyter.widget-view+json" in text:
-        yield "holds widget state, which GitHub does not render"
-    for pattern, name in ((SECRET, "a token"), (HOME, "a home path")):
-        if match := pattern.search(text):
-            yield f"holds {name}: {match[0][:12]}..."
-
-
-def kaggle_problems(stem: str) -> list[str]:
-    """What the ``kaggle`` package's own client-side checks, and ours, find wrong with a kernel folder."""
-    folder = ROOT / "kaggle" / stem
-    try:
-        data = json.loads((folder / "kernel-metadata.json").read_text(encoding="utf-8"))
-    except OSError:
-        return ["kernel-metadata.json is missing"]
-    wanted = kernel_metadata(stem)
-    problems = [f"{key} is {data.get(key)!r}, not {wanted[key]!r}" for key in wanted if data.get(key) != wanted[key]]
-    if data.get("id", "").split("/")[-1] != slugified(data.get("title", "")):
-        problems.append(f"slug of {data.get('id')!r} does not match title {data.get('title')!r}")
-    try:
-        sent = pushed(folder)
-    except Exception as error:
-        return [*problems, f"kaggle refuses it: {error}"]
-    if not (sent.machine_shape == "NvidiaTeslaT4" and sent.enable_internet and not sent.is_private):
-        problems.append("kaggle would not run it publicly on two T4s with internet")
-    return problems
-
-
-def pushed(folder: Path) -> Any:
-    """The request that ``kaggle kernels push`` would send for ``folder``, recorded by a stand-in client."""
-    from unittest import mock
-
-    with mock.patch.dict("os.environ", {"KAGGLE_USERNAME": slug().split("/")[0], "KAGGLE_KEY": "none"}):
-        from kaggle.api.kaggle_api_extended import KaggleApi
-
-        api = KaggleApi.__new__(KaggleApi)
-        api.config_values = {"username": slug().split("/")[0]}
-        client = mock.MagicMock()
-        client.__enter__.return_value = client
-        with mock.patch.object(KaggleApi, "build_kaggle_client", lambda self: client), \
-                mock.patch("builtins.print"):  # fmt: skip
-            api.kernels_push(str(folder))
-    return client.kernels.kernels_api_client.save_kernel.call_args[0][0]
 
 
 def with_tables(readme: str) -> str:
@@ -285,12 +226,25 @@ def _ran_on(results: dict[str, Any]) -> str:
 
 
 def set_slug(value: str) -> None:
-    """Write the repository's name into pyproject.toml."""
+    """Write the repository's name into pyproject.toml and into the copies executed under its old name.
+
+    Raises:
+        SetupError: ``value`` is not of the form owner/name.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         raise SetupError(f"--slug {value!r} is not of the form owner/name")
+    before = {item.path: from_source(item.path) for item in catalogue.notebooks()}
     path = ROOT / "pyproject.toml"
     text = re.sub(r'^slug = "[^"]*"', f'slug = "{value}"', path.read_text(encoding="utf-8"), flags=re.M)
     write_atomically(path, text)
+    for source, old in before.items():
+        for place in filter(Path.exists, copies(source.stem).values()):
+            notebook = _read(place)
+            if list(checks.differences(notebook, old)):
+                continue  # stale already, and left so
+            for cell, renamed in zip(checks.own_cells(notebook), from_source(source).cells, strict=True):
+                cell.source, cell.id = renamed.source, renamed.id
+            write_notebook(notebook, place)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,8 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slug")
     args = parser.parse_args(argv)
     if args.check:
-        problems = check()
-        print("\n".join(problems) or "all committed copies are executed, current and fit")
+        problems, notes = check()
+        print("\n".join([*notes, *problems]))
+        print(f"{len(problems)} problems" if problems else "every executed copy is current and fit")
         return 1 if problems else 0
     if args.slug:
         set_slug(args.slug)

@@ -33,7 +33,7 @@ def requirements(development: bool) -> list[tuple[str, str, str]]:
             break
         match = REQUIREMENT.match(line)
         if match and (match[3] is None or match[3] == sys.platform):
-            found.append((match[1], match[2].strip(), line))
+            found.append((match[1], match[2].strip(), line.split("#")[0].strip()))
     return found
 
 
