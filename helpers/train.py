@@ -419,6 +419,7 @@ def _trainer_config(args: TrainArguments) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False} if args.checkpointing else None,
         bf16=args.dtype == "bfloat16",
         fp16=args.dtype == "float16",
+        use_cpu=not torch.cuda.is_available(),  # else bfloat16 is refused there
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
         save_total_limit=2,

@@ -126,11 +126,12 @@ def checkpointing(model, on: bool):
 
 @pytest.mark.parametrize(("decoder", "checkpointed"), [("bitsandbytes", False), ("triton", True)])
 def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decoder, checkpointed):
-    model = qlora_model()
+    interpreted = decoder == "triton"  # the kernel: slow, here
+    model = qlora_model(layers=1 if interpreted else 2)
     checkpointing(model, checkpointed)
     weights = trainable(model)
-    steps = 6 if decoder == "bitsandbytes" else 2  # the kernel is interpreted here
-    expected = train(model, batches(steps, 90))
+    steps, evaluate = (1, False) if interpreted else (5, True)
+    expected = train(model, batches(steps, 90), evaluate)
     reached = trainable(model)
     restart(model, weights)
     if decoder == "triton":
@@ -140,7 +141,7 @@ def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decode
     else:
         decoding = contextlib.nullcontext()
     with CompileCounter() as counter, decoding, compile_model(model, backend="aot_eager_decomp_partition") as compiled:
-        found = train(model, batches(steps, 90))
+        found = train(model, batches(steps, 90), evaluate)
     assert set(compiled.parts.values()) == {"compiled"}
     assert counter.graph_breaks == 0, str(counter)
     assert 4 <= counter.compiles <= 6, str(counter)
@@ -168,18 +169,18 @@ def test_checkpointing_is_in_the_graph():
     assert marked[-1], "checkpointing was switched on last"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_families_keep_their_losses(family):
     model = family_model(family)
     weights = trainable(model)
-    expected = train(model, batches(4, 40))
+    expected = train(model, batches(3, 40))
     restart(model, weights)
     with CompileCounter() as counter, compile_model(model, backend="eager") as compiled:
-        found = train(model, batches(4, 40))
+        found = train(model, batches(3, 40))
     assert set(compiled.parts.values()) == {"compiled"}
     assert counter.graph_breaks == 0, str(counter)
     # Gemma 2 has two kinds of layer; a window shorter than some batches adds their mask.
-    assert counter.compiles <= {"mistral": 8, "gemma2": 10}.get(family, 6), str(counter)
+    assert counter.compiles <= {"mistral": 8, "gemma2": 10}[family], str(counter)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -200,7 +201,7 @@ def test_packed_rows_through_flex_at_any_length(monkeypatch):
             labels = ids.masked_fill(positions == 0, -100)
             yield [{"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}]
 
-    micro = list(packed(12))
+    micro = list(packed(8))
     weights = trainable(model)
     model.set_attn_implementation("sdpa")
     expected = train(model, micro, evaluate=False)
@@ -231,6 +232,35 @@ def test_everything_is_undone_and_generation_works_within():
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert "forward" not in vars(model.get_base_model())
     assert torch.equal(model(ids).logits, before)
+
+
+def test_a_trainer_trains_and_evaluates_within_and_logs_eagers_losses(tmp_path):
+    """TRL's trainer, which replaces the forward itself and has accelerate wrap it, with evaluation between steps."""
+    from helpers.instruction_data import load_instructions
+    from helpers.train import QLoRATrainer, TrainArguments, _trainer_config
+
+    rows = load_instructions("random:2-40x24", vocab_size=256)
+    logged, kept = {}, []
+    for name in ("eager", "compiled"):
+        model = family_model("llama")
+        config = _trainer_config(TrainArguments(
+            output_dir=str(tmp_path), steps=4, batch_size=2, accumulation=2, max_length=32, dtype="bfloat16",
+            learning_rate=1e-2,
+        ))  # fmt: skip
+        config.eval_strategy, config.eval_steps, config.per_device_eval_batch_size = "steps", 2, 3
+        config.prediction_loss_only = True
+        regions = compile_model(model, backend="eager") if name == "compiled" else contextlib.nullcontext()
+        with CompileCounter() as counter, regions:
+            trainer = QLoRATrainer(model, loss="full", args=config, train_dataset=rows,
+                                   eval_dataset=rows.select(range(5)), processing_class=checkpoints.byte_tokenizer())
+            trainer.train()
+        losses = [row.get("loss", row.get("eval_loss")) for row in trainer.state.log_history]
+        logged[name] = [loss for loss in losses if loss is not None]
+        kept.append(trainer.model)
+    assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
+    assert len(logged["eager"]) == 6
+    torch.testing.assert_close(logged["compiled"], logged["eager"], rtol=1e-3, atol=1e-3)
+    assert not any("Compiled" in type(module).__name__ for module in kept[1].modules())
 
 
 def test_a_trainer_that_wraps_the_forward_is_left_in_peace():
