@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from . import environment
 
@@ -35,17 +34,13 @@ def _packages() -> list[tuple[str, str, str]]:
         return [(OK, ".venv is there; its packages are checked when a command starts", "") if made else
                 (MISSING, "no .venv yet", "python3 -m helpers run, which makes it")]  # fmt: skip
     rows = []
-    for name, _, line in environment.requirements(development=False):
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            rows.append((MISSING, name, f'{sys.executable} -m pip install "{line.split(";")[0].strip()}"'))
-            continue
-        if environment.satisfied(name, line[len(name) :].split(";")[0]):
-            rows.append((OK, f"{name} {installed}", ""))
+    for name, specifier, line in environment.requirements(development=False):
+        pin, have = line.split(";")[0].strip(), environment.installed(name)
+        if environment.satisfied(name, specifier):
+            rows.append((OK, f"{name} {have}", ""))
         else:
-            pin = line.split(";")[0].strip()
-            rows.append((MISSING, f"{name} {installed}, pinned {pin}", f'{sys.executable} -m pip install "{pin}"'))
+            what = f"{name} {have}, pinned {pin}" if have else name
+            rows.append((MISSING, what, f'{sys.executable} -m pip install "{pin}"'))
     return rows
 
 

@@ -42,23 +42,30 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0]))
 
 
-def satisfied(name: str, specifier: str) -> bool:
-    """Whether the running Python has ``name`` as required; see HOST_OWNED for what any recent version satisfies."""
+def installed(name: str) -> str | None:
+    """The version that the running Python has of a package, or None."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        installed = numbers(version(name))
+        return version(name)
     except PackageNotFoundError:
+        return None
+
+
+def satisfied(name: str, specifier: str) -> bool:
+    """Whether the running Python has ``name`` as required; see HOST_OWNED for what any recent version satisfies."""
+    if (have := installed(name)) is None:
         return False
+    found = numbers(have)
     if name in HOST_OWNED:
-        return installed >= HOST_OWNED[name]
+        return found >= HOST_OWNED[name]
     for part in filter(None, (p.strip() for p in specifier.split(","))):
         wanted = numbers(part.lstrip("=<>"))
-        if part.startswith("==") and installed[: len(wanted)] != wanted:
+        if part.startswith("==") and found[: len(wanted)] != wanted:
             return False
-        if part.startswith(">=") and installed < wanted:
+        if part.startswith(">=") and found < wanted:
             return False
-        if part.startswith("<") and installed >= wanted:
+        if part.startswith("<") and found >= wanted:
             return False
     return True
 
@@ -152,11 +159,26 @@ def _install(python: str, lines: list[str]) -> None:
         raise SetupError(f"pip could not install the requirements: {errors[-1].strip()} ({hint})")
 
 
+def install_for_notebook() -> None:
+    """Install what the pins lack into the Python that runs a notebook; torch and triton stay the host's.
+
+    Raises:
+        SetupError: Python out of range, the host's torch is too old, or a failed install.
+    """
+    check_python()
+    lines = missing(development=False)
+    for name, oldest in HOST_OWNED.items():
+        if any(line.startswith(f"{name}==") for line in lines) and (have := installed(name)):
+            raise SetupError(
+                f"{name} {have} is older than {oldest[0]}.{oldest[1]} and belongs to the host: choose a newer runtime"
+            )
+    _install(sys.executable, lines)
+
+
 if __name__ == "__main__":
-    if "--install" in sys.argv:  # from a notebook: into the Python that runs it
+    if "--install" in sys.argv:
         try:
-            check_python()
-            _install(sys.executable, missing(development=False))
+            install_for_notebook()
         except SetupError as error:
             sys.exit(f"error: {error}")
     else:

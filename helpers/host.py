@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -14,6 +15,9 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "triton-windows", "transformers", "peft", "accelerate", "trl", "datasets",
             "bitsandbytes", "unsloth", "liger-kernel", "cut-cross-entropy")  # fmt: skip
+# For comparisons only, and without their dependencies, which would replace the pins.
+UNSLOTH = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "cut-cross-entropy", "tyro", "docstring_parser",
+           "hf_transfer")  # fmt: skip
 
 
 def name() -> str:
@@ -28,6 +32,18 @@ def name() -> str:
 def rehearsing_t4() -> bool:
     """True in a process that rehearses a Tesla T4 on another card (``--rehearse-t4``, helpers/t4.py)."""
     return os.environ.get("QLORA_REHEARSE_T4") == "1"
+
+
+def add_unsloth() -> bool:
+    """Whether Unsloth is there to compare with; on Kaggle and Colab with a GPU it is installed first."""
+    import torch
+
+    if importlib.util.find_spec("unsloth"):
+        return True
+    if name() == "local" or not torch.cuda.is_available():
+        return False
+    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", *UNSLOTH]
+    return subprocess.run(command).returncode == 0
 
 
 def versions() -> dict[str, str]:

@@ -39,11 +39,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-if not Path("helpers").is_dir():
-    if not Path("qlora").is_dir():
-        repository = os.environ.get("QLORA_REPOSITORY", "https://github.com/{{SLUG}}")
-        subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", "{{TAG}}", repository, "qlora"], check=True)
-    os.chdir("qlora")
+repository, tag = os.environ.get("QLORA_REPOSITORY", "https://github.com/{{SLUG}}"), "{{TAG}}"
+here = Path.cwd()
+root = next((folder for folder in (here, *here.parents, here / "qlora") if (folder / "helpers/host.py").is_file()), None)
+if root is None:
+    root, clone = here / "qlora", ["git", "clone", "-q", "--depth", "1", repository, "qlora"]
+    if subprocess.run([*clone, "--branch", tag], stderr=subprocess.DEVNULL).returncode:
+        print(f"{repository} has no tag {tag}: taking its main branch")
+        subprocess.run(clone, check=True)
+os.chdir(root)
 sys.path.insert(0, os.getcwd())
 subprocess.run([sys.executable, "-m", "helpers.environment", "--install"], check=True)
 
