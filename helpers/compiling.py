@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters, get_compilation_metrics
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
@@ -49,6 +50,7 @@ def compile_model(
     max_autotune: bool = False,
     save_less: bool = True,
     options: dict[str, Any] | None = None,
+    sharded: bool = False,
 ) -> Iterator[CompiledModel]:
     """Within the context the model's regions run compiled, in training and in evaluation with labels.
 
@@ -63,6 +65,8 @@ def compile_model(
         max_autotune: let Inductor time Triton's matrix products against cuBLAS, on small GPUs too.
         save_less: recompute what is cheap (norms, activations, casts) rather than keep it for the backward pass.
         options: further options of Inductor.
+        sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py and its embedding is not, since
+            FSDP2's hooks must run around them.
 
     Raises:
         ValueError: the model has no decoder layers that this could compile.
@@ -86,10 +90,11 @@ def compile_model(
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
         if max_autotune:
             stack.enter_context(triton_matmul_on_small_gpus())
-        region = compile(_layer)
-        stack.enter_context(_called_as(layers, functools.partial(_call_layer, region)))
         compiled.parts["layers"] = "compiled"
-        compiled.parts["embedding"] = _compile_embedding(stack, base, compile)
+        if not sharded:
+            region = compile(_layer)
+            stack.enter_context(_called_as(layers, functools.partial(_call_layer, region)))
+            compiled.parts["embedding"] = _compile_embedding(stack, base, compile)
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
         try:
@@ -243,7 +248,8 @@ def _compile_loss(
             hidden = decoder(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         finally:
             deferred = False
-        total = linear_loss(region, hidden, F.pad(labels, (0, 1), value=IGNORED)[:, 1:], head.out_features)
+        with _gathered(head):
+            total = linear_loss(region, hidden, F.pad(labels, (0, 1), value=IGNORED)[:, 1:], head.out_features)
         if items is None:
             items = (labels[:, 1:] != IGNORED).sum()
         elif torch.is_tensor(items):
@@ -253,6 +259,20 @@ def _compile_loss(
     base.forward = compiled_forward
     stack.callback(lambda: _restore_forward(base, compiled_forward, forward if own else None))
     return "compiled"
+
+
+@contextlib.contextmanager
+def _gathered(head: nn.Module) -> Iterator[None]:
+    """Within, the weight of a head that FSDP2 shards is whole. Nobody calls the head, so no hook gathers it; nor does
+    backward need it, since the loss's gradient is made together with the loss."""
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    head.unshard()
+    try:
+        yield
+    finally:
+        head.reshard()
 
 
 def _restore_forward(base: nn.Module, ours: Callable, previous: Callable | None) -> None:

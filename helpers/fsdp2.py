@@ -38,7 +38,6 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
@@ -203,7 +202,6 @@ def training_arguments(config: FSDP2Config) -> dict[str, Any]:
         "fsdp_config": {"state_dict_type": kind, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False},
         # Reduce at every micro-step: waiting would keep all gradients unsharded in float32.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
-        "use_cpu": not torch.cuda.is_available(),  # else Trainer takes a CPU run for one process
     }
 
 
@@ -240,20 +238,9 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
         fully_shard(embedding, **_policies(embedding, config))
         # Backward starts with the head, so freeing it after forward would only gather it twice.
         fully_shard(head, reshard_after_forward=False, **_policies(head, config))
-        head.run_gathered = lambda function, *args: function(head, *args)
-        register_fsdp_forward_method(head, "run_gathered")
     fully_shard(model, **_policies(model, config))
     _prefetch(blocks, config.prefetch)
     return model
-
-
-def head_runner(head: nn.Module):
-    """``run(function, hidden, *args)`` calls ``function(head, hidden, *args)`` while the head's weight is whole.
-
-    For losses that read ``head.weight`` and never call the head, so that no hook would gather it. ``hidden`` is
-    passed as an argument because FSDP2 frees the head when its gradient is done. Unsharded heads work the same.
-    """
-    return getattr(head, "run_gathered", lambda function, *args: function(head, *args))
 
 
 def shard_trainer(trainer: Any, config: FSDP2Config) -> None:

@@ -289,14 +289,11 @@ def compiled_regions(model: torch.nn.Module, wanted: bool, sharded: bool = False
     if not wanted:
         yield {}
         return
-    from .compiling import compile_model, one_graph
+    from .compiling import compile_model
 
-    if sharded:
-        with one_graph():
-            yield {"layers": "compiled"}
-        return
+    backend = "aot_eager" if sharded and not torch.cuda.is_available() else "inductor"  # as FSDP2's blocks
 
-    with compile_model(model) as compiled:
+    with compile_model(model, sharded=sharded, backend=backend) as compiled:
         yield compiled.parts
 
 
