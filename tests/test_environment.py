@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -50,26 +53,83 @@ def test_old_python_is_refused(monkeypatch):
         environment.ready_python()
 
 
-def test_full_disk_is_named_before_anything_is_made(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(environment, "FREE_GIB_NEEDED", 10**9)
-    with pytest.raises(SetupError, match="GiB of disk are free"):
-        environment._make_venv()
-    assert not (tmp_path / ".venv").exists()
-
-
-def test_a_failed_install_is_one_line_and_is_tried_again(monkeypatch, tmp_path):
-    """An empty .venv, as an interrupted install leaves it, is found wanting rather than taken for a good one."""
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> Path:
+    """A clone without an environment, under a Python that satisfies nothing."""
     (tmp_path / "requirements.txt").write_text("no-such-package-anywhere==1.0\n")
     (tmp_path / "helpers").mkdir()
     for name in ("__init__.py", "environment.py"):
-        (tmp_path / "helpers" / name).write_text((ROOT / "helpers" / name).read_text())
-    venv.create(tmp_path / ".venv", with_pip=True)
+        shutil.copy(ROOT / "helpers" / name, tmp_path / "helpers")
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(environment, "uses_running_python", lambda: False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(SetupError, match="could not install no-such-package-anywhere"):
+    return tmp_path
+
+
+def test_full_disk_is_named_before_anything_is_made(monkeypatch, bare):
+    monkeypatch.setattr(environment, "FREE_GIB_NEEDED", 10**9)
+    with pytest.raises(SetupError, match="GiB of disk are free"):
         environment.ready_python()
+    assert not (bare / ".venv").exists()
+
+
+def test_a_failed_install_is_one_line_and_a_half_made_venv_is_made_anew(monkeypatch, bare):
+    def make(folder, unfinished):
+        made.append(folder)
+        venv.create(folder, with_pip=False, system_site_packages=True)
+        unfinished.touch()
+
+    made: list[Path] = []
+    monkeypatch.setattr(environment, "_make_venv", make)
+    for times in (1, 2):
+        with pytest.raises(SetupError, match="could not install the requirements: .*") as failure:
+            environment.ready_python()
+        assert "\n" not in str(failure.value) and len(made) == times
+    monkeypatch.setattr(environment, "_install", lambda python, lines: None)
+    python = environment.ready_python()
+    assert python.startswith(str(bare / ".venv")) and len(made) == 3 and not (bare / ".venv" / "unfinished").exists()
+    environment.ready_python()
+    assert len(made) == 3  # whole: its packages are checked, and it is kept
+
+
+def test_nothing_is_made_or_installed_where_the_pins_are_satisfied(monkeypatch, bare):
+    """An offline machine whose own Python has everything needs no .venv."""
+    (bare / "requirements.txt").write_text("pytest>=8\n")
+    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: pytest.fail("started something"))
+    assert environment.ready_python() == sys.executable
+    assert not (bare / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("WARNING: Retrying: NewConnectionError\nERROR: No matching distribution found for x", "is there a network?"),
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "No space left on device"),
+    ],
+)
+def test_why_an_install_failed_is_said(monkeypatch, stderr, said):
+    failed = subprocess.CompletedProcess([], 1, stderr=stderr)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(SetupError, match=re.escape(said)):
+        environment._install("python3", ["x"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of a POSIX terminal")
+def test_ctrl_c_ends_the_children_too():
+    """As a terminal sends it: to the whole group, whose last child ignores nothing and is waited for."""
+    code = (
+        "import sys; from helpers import __main__ as m\n"
+        "sys.exit(m._start([sys.executable, '-c', 'import signal; print(1, flush=True); signal.pause()']))"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert started.stdout.readline() == "1\n"
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(timeout=30) == 130 and started.communicate()[1].endswith("interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started.pid, 0)  # nobody is left in the group
 
 
 @pytest.mark.parametrize(
