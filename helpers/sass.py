@@ -7,6 +7,10 @@ the work per element. `python -m helpers.sass` prints the table.
 
 from __future__ import annotations
 
+import argparse
+import functools
+import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -14,9 +18,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import torch
 import triton
+from packaging import version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,8 +39,8 @@ def compile_ahead(kernel: triton.JITFunction, types: dict[str, str], constants: 
     """Compile `kernel` for sm_`capability`.
 
     Args:
-        types: Triton type of every run-time argument ("*u8", "*fp16", "i32"). Pointers are taken as aligned to 16 bytes
-            unless the kernel asks not to be specialized on it.
+        types: Triton type of every run-time argument ("*u8", "*fp16", "i32"). Pointers and integers are taken as
+            multiples of 16, as those of a large weight are, unless the kernel asks not to be specialized on it.
         constants: value of every `tl.constexpr` argument.
 
     Returns: `triton.compiler.CompiledKernel`; its `asm` holds "ttgir", "ptx" and "cubin".
@@ -45,7 +53,7 @@ def compile_ahead(kernel: triton.JITFunction, types: dict[str, str], constants: 
         attrs={
             (param.num,): [["tt.divisibility", 16]]
             for param in kernel.params
-            if types.get(param.name, "").startswith("*") and not param.do_not_specialize_on_alignment
+            if param.name in types and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
         },
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
@@ -104,27 +112,68 @@ def compile_plain(capability: int, dtype: torch.dtype):
     return compile_ahead(plain_kernel, types, constants, capability, 4), 64
 
 
-def table(capabilities: Sequence[int] = CAPABILITIES) -> list[dict]:
+@functools.cache
+def _unsloth_module():
+    """Unsloth's module of NF4 kernels where it is installed, loaded alone (the package patches others)."""
+    spec = importlib.util.find_spec("unsloth")
+    path = Path(spec.submodule_search_locations[0], "kernels", "nf4.py") if spec else None
+    if path is None or not path.exists():
+        return None
+    loaded = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_alone.nf4", path))
+    launch = SimpleNamespace(launch=None, relaunch=None, tag_compile_cache=lambda *args: None)
+    stubs = {"_alone": ModuleType("_alone"), "_alone.triton_launch": launch, "unsloth_zoo": ModuleType("unsloth_zoo"),
+             "unsloth_zoo.utils": SimpleNamespace(Version=version.parse)}  # fmt: skip
+    with mock.patch.dict(sys.modules, stubs):
+        loaded.__spec__.loader.exec_module(loaded)
+    return loaded
+
+
+def compile_unsloth(capability: int, dtype: torch.dtype, n: int = 2**24):
+    """The kernel of an installed Unsloth, in the setting that it chooses for `n` elements; None where there is none."""
+    if (module := _unsloth_module()) is None:
+        return None
+    with mock.patch.object(module, "_capability", lambda index: divmod(capability, 10)):
+        rows, num_warps, words, evict, lookup = module._config_for(n // 2, 32, torch.device("cuda", 0))
+    types = {"W_ptr": "*u8", "absmax_ptr": "*u8", "out_ptr": f"*{_DTYPES[dtype]}"}
+    types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr", "lut_ptr"), "*fp32")
+    types |= dict.fromkeys(("n_elements", "n_bytes", "n_blocks"), "i32")
+    constants = {"HALF": 32, "BLOCKSIZE2_SHIFT": 8, "NESTED": True, "USE_MUL_RN": module._HAS_MUL_RN, "ROWS": rows,
+                 "WORDS": words, "EVICT": "evict_first" if evict else "", "LUT_MODE": lookup}  # fmt: skip
+    compiled = compile_ahead(module._nf4_dequant_kernel, types, constants, capability, num_warps)
+    return compiled, rows * 64 / (32 * num_warps)
+
+
+KERNELS = {
+    "ours, inline PTX": compile_decoder,
+    "ours, Triton only": functools.partial(compile_decoder, asm=False),
+    "plain": compile_plain,
+    "Unsloth": compile_unsloth,
+}
+
+
+def table(capabilities: Sequence[int] = CAPABILITIES, kernels: Sequence[str] = tuple(KERNELS)) -> list[dict]:
     """A row for every architecture, dtype and kernel: NF4, blocks of 64, double quantization."""
     rows = []
-    for capability in capabilities:
-        for dtype in (torch.float16, torch.bfloat16):
-            for name, (compiled, elements) in {
-                "ours, inline PTX": compile_decoder(capability, dtype),
-                "ours, Triton only": compile_decoder(capability, dtype, asm=False),
-                "plain": compile_plain(capability, dtype),
-            }.items():
-                row = {"arch": f"sm_{capability}", "dtype": str(dtype).removeprefix("torch."), "kernel": name}
-                rows.append({**row, **summarize(compiled, elements)})
+    for capability, dtype, name in itertools.product(capabilities, (torch.float16, torch.bfloat16), kernels):
+        if (found := KERNELS[name](capability, dtype)) is not None:
+            row = {"arch": f"sm_{capability}", "dtype": str(dtype).removeprefix("torch."), "kernel": name}
+            rows.append({**row, **summarize(*found)})
     return rows
 
 
-if __name__ == "__main__":
-    rows = table()
-    if "--json" in sys.argv:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", type=int, nargs="*", default=CAPABILITIES, help="for example 75 90")
+    parser.add_argument("--kernel", action="append", choices=KERNELS, help="count only this one (may be repeated)")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    args = parser.parse_args()
+    rows = table(args.capabilities, args.kernel or tuple(KERNELS))
+    if args.json:
         print(json.dumps({"triton": triton.__version__, "rows": rows}))
     else:
-        print(f"Triton {triton.__version__}\n")
-        print(" | ".join(rows[0]))
-        for row in rows:
-            print(" | ".join(str(value) for value in row.values()))
+        print(f"Triton {triton.__version__}\n\n" + " | ".join(rows[0]))
+        print("\n".join(" | ".join(str(value) for value in row.values()) for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -293,6 +294,21 @@ def test_tracing_finds_one_kernel_that_writes_only_its_output():
     assert traced.stdout.count("torch.ops.") == 2  # aten.empty and the kernel
     assert "triton_kernel_wrapper_functional" in traced.stdout
     assert "tensors_to_clone = ['out_ptr']" in traced.stdout
+
+
+def test_a_t4_needs_at_most_6_instructions_an_element():
+    """Ahead-of-time SASS for every architecture: counts, 16-byte stores, and the 16 conversions of a block's table."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "helpers.sass", "--json", "--kernel", "ours, inline PTX"]
+    counted = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert counted.returncode == 0, counted.stderr
+    rows = json.loads(counted.stdout)["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        bound = 7 if row["arch"] == "sm_75" and row["dtype"] == "bfloat16" else 6
+        assert row["instructions per element"] <= bound, row
+        assert row["conversions per element"] <= 0.25, row
+        assert row["16-byte stores"] == 8 and row["other stores"] == row["spills"] == 0, row
 
 
 # ---- on a GPU
