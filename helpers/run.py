@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -26,11 +27,12 @@ KERNEL_CONFIG = Config({} if os.name == "nt" else {"KernelManager": {"transport"
 
 
 class ProgressEngine(NBClientEngine):
-    """papermill's own engine, saying which cell runs and how long each took."""
+    """papermill's own engine, saying how long each code cell took and under which heading it stands."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
         codes = [i for i, cell in enumerate(nb_man.nb.cells) if cell.cell_type == "code"]
+        headings = _headings(nb_man.nb.cells)
         complete, started = nb_man.cell_complete, {}
 
         def cell_start(cell, cell_index=None, **more):
@@ -39,13 +41,22 @@ class ProgressEngine(NBClientEngine):
 
         def cell_complete(cell, cell_index=None, **more):
             if cell_index in codes:
-                first = next((line for line in cell.source.splitlines() if line.strip()), "")
-                seconds = time.perf_counter() - started[cell_index]
-                print(f"  [{codes.index(cell_index) + 1:2d}/{len(codes)}] {seconds:6.1f} s  {first[:76]}", flush=True)
+                seconds, number = time.perf_counter() - started[cell_index], codes.index(cell_index) + 1
+                print(f"  [{number:2d}/{len(codes)}] {seconds:6.1f} s  {headings[cell_index][:76]}", flush=True)
             return complete(cell, cell_index, **more)
 
         nb_man.cell_start, nb_man.cell_complete = cell_start, cell_complete
         return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+def _headings(cells) -> list[str]:
+    """For each cell the Markdown heading that it stands under."""
+    heading, found = "", []
+    for cell in cells:
+        if cell.cell_type == "markdown" and (match := re.search(r"^#+ (.+)$", cell.source, re.M)):
+            heading = match[1]
+        found.append(heading)
+    return found
 
 
 papermill_engines.register("progress", ProgressEngine)
