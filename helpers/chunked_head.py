@@ -1,0 +1,108 @@
+"""TRL's fused head by `helpers.linear_loss`, for every trainer of TRL that asks its model for one, on any device.
+
+TRL's SFT, DPO, KTO, RLOO and GRPO trainers call ``model(..., labels=labels, fused_lm_head=True)`` for log-probabilities,
+entropies and accuracies; `chunked_head` answers, and what they make of the answer stays theirs. TRL's own answer takes the
+weight of a plain head and a Triton kernel; here the head itself is called, so it may have LoRA, a bias, or 4 bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from .linear_loss import IGNORED, linear_forward
+
+
+@contextlib.contextmanager
+def chunked_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = ("log_probs", "entropy"),
+    differentiable_entropy: bool = True,
+    full: bool = False,
+    **options: Any,
+) -> Iterator[None]:
+    """Within, ``model(..., labels=labels, fused_lm_head=True)`` returns TRL's own output type by `linear_forward`.
+
+    Args:
+        model: a causal language model of transformers, plain or within PEFT or a wrapper that has it as ``module``.
+        temperature: what logits are divided by.
+        outputs: among "log_probs" (always), "entropy" and "is_top1".
+        differentiable_entropy: False where the entropy is only logged: it then costs nothing in the backward pass.
+        full: all logits at once and plain autograd, for comparison.
+        options: of `linear_forward`.
+
+    Raises: ValueError where the model makes its logits in a way that is not known here.
+    """
+    model = getattr(model, "module", model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    function = _scored(*_logits_of(base.config.get_text_config()), temperature, outputs, differentiable_entropy)
+    previous, forward = vars(base).get("forward"), base.forward
+
+    def fused(*args, fused_lm_head: bool = False, labels: Tensor | None = None, shift_labels=None, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **({"labels": labels} if labels is not None else {}), **kwargs)
+        if kwargs.get("output_router_logits"):
+            raise ValueError("only TRL's own head adds the load-balancing loss of experts: do without chunked_head")
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = base.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state
+        if shift_labels is None:
+            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        head, mask = base.get_output_embeddings(), shift_labels != IGNORED
+        hidden, shift_labels = hidden[mask], shift_labels[mask]
+        if full:
+            found = function(hidden, head, shift_labels)
+        elif len(hidden):
+            found = linear_forward(hidden, head, shift_labels, forward_function=function, **options)
+        else:
+            found = [hidden.sum(1).float()] * len(outputs)  # of no row: a zero that backward can pass through
+        found = {k: t.new_zeros(mask.shape).masked_scatter(mask, t) for k, t in zip(outputs, found, strict=True)}
+        loss = -found["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
+        return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
+
+    base.forward = fused
+    try:
+        yield
+    finally:
+        if previous is None:
+            del base.forward
+        else:
+            base.forward = previous
+
+
+def _logits_of(config: Any) -> tuple[float, float | None]:
+    """The scale and the soft cap that a model of this config puts on its head's output."""
+    if getattr(config, "logits_scaling", None) and config.model_type == "hyperclovax":
+        raise ValueError("hyperclovax scales its logits in a way of its own: do without chunked_head")
+    scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None) or scale
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+@functools.lru_cache
+def _scored(
+    scale: float, cap: float | None, temperature: float, outputs: tuple[str, ...], differentiable_entropy: bool
+) -> Callable:
+    """f for `linear_forward`: ``outputs`` of each label. One function for the same arguments, so compiled once."""
+
+    def scored(x: Tensor, linear: Callable, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = linear(x).float() * scale
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        logp = torch.log_softmax(logits / temperature, dim=1)
+        found = {"log_probs": logp.gather(1, labels[:, None]).squeeze(1)}
+        if "entropy" in outputs:
+            seen = logp if differentiable_entropy else logp.detach()
+            found["entropy"] = -(seen.exp() * seen).sum(1)
+        if "is_top1" in outputs:
+            found["is_top1"] = logits.detach().argmax(1) == labels
+        return tuple(found[name] for name in outputs)
+
+    return scored
