@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "doctor":
         from . import doctor
 
+        environment.check_python()
+        elsewhere = not environment.uses_running_python() and environment.missing(development=False)
+        if elsewhere and environment.missing_in_venv() is not None:
+            return _start([environment.venv_python(), "-m", "helpers", "doctor"])
         return doctor.main()
     if args.command == "list":
         from . import catalogue

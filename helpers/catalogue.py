@@ -43,21 +43,31 @@ def chosen(letters: list[str]) -> list[Notebook]:
 
 
 def checked_parameters(pairs: list[list[str]], among: list[Notebook]) -> dict[str, Any]:
-    """``-p NAME VALUE`` pairs as Python values.
+    """``-p NAME VALUE`` pairs as Python values of the types of their defaults.
 
     Raises:
-        SetupError: a name that none of the notebooks has as a parameter.
+        SetupError: a name that none of the notebooks has as a parameter, or a value of another type.
     """
-    known = sorted({name for notebook in among for name in notebook.parameters})
+    known = {name: default for notebook in among for name, default in notebook.parameters.items()}
     values = {}
     for name, text in pairs:
         if name not in known:
-            raise SetupError(f"no chosen notebook has a parameter {name!r}; there are {', '.join(known)}")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
+            raise SetupError(f"no chosen notebook has a parameter {name!r}; there are {', '.join(sorted(known))}")
+        values[name] = _typed(name, text, known[name])
     return values
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    wanted = {bool: bool, float: (int, float)}.get(type(default), type(default))
+    if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+        raise SetupError(f"-p {name} {text}: a value of type {type(default).__name__} is needed, as {default!r}")
+    return value
 
 
 def last_results(letter: str, rehearsal: bool = False) -> dict[str, Any] | None:

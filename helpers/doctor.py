@@ -16,23 +16,20 @@ OK, MISSING = "ok     ", "MISSING"
 
 def main() -> int:
     """Print one line a finding; 1 where something that `run` needs is missing."""
-    rows = [*_python(), *_packages(), *_gpu(), *_disk_and_memory(), *_hub()]
+    rows = [_python(), *_packages(), *_gpu(), *_disk_and_memory(), *_hub()]
     for state, what, step in rows:
         print(f"{state}  {what}" + (f"\n           next: {step}" if step else ""))
     return 1 if any(state == MISSING for state, _, _ in rows) else 0
 
 
-def _python() -> list[tuple[str, str, str]]:
-    right = environment.OLDEST <= sys.version_info[:2] <= environment.NEWEST
-    what = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    return [(OK, what, "") if right else (MISSING, what, "start it with Python 3.11 to 3.13")]
+def _python() -> tuple[str, str, str]:
+    return OK, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}", ""
 
 
 def _packages() -> list[tuple[str, str, str]]:
-    if not environment.uses_running_python():
-        made = (environment.ROOT / ".venv").is_dir()
-        return [(OK, ".venv is there; its packages are checked when a command starts", "") if made else
-                (MISSING, "no .venv yet", "python3 -m helpers run, which makes it")]  # fmt: skip
+    if not environment.uses_running_python() and environment.missing(development=False):
+        half = (environment.ROOT / ".venv" / environment.UNFINISHED).exists()
+        return [(MISSING, "a half-made .venv" if half else "no .venv yet", "python3 -m helpers run, which makes it")]
     rows = []
     for name, specifier, line in environment.requirements(development=False):
         pin, have = line.split(";")[0].strip(), environment.installed(name)

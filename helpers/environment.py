@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST, NEWEST = (3, 11), (3, 13)
 HOST_OWNED = {"torch": (2, 9), "triton": (3, 5), "triton-windows": (3, 5)}
 FREE_GIB_NEEDED = 6
+UNFINISHED = "unfinished"  # stands in .venv from before its first file until its last package is installed
 REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)\s*([^;#]*)(?:;\s*sys_platform == \"(\w+)\")?")
 
 
@@ -102,23 +103,28 @@ def ready_python(development: bool = False) -> str:
     if not lines or uses_running_python():
         _install(sys.executable, lines)
         return sys.executable
-    folder = ROOT / ".venv"
-    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    unfinished = folder / "unfinished"  # there from before the first file until the last package is installed
-    found = None if unfinished.exists() else _missing_in(python, development)
-    if found is None:
-        _make_venv(folder, unfinished)
-        found = [line for _, _, line in requirements(development)]
-    if found:
+    python, lines = venv_python(), missing_in_venv(development)
+    unfinished = ROOT / ".venv" / UNFINISHED
+    if lines is None:
+        _make_venv(ROOT / ".venv", unfinished)
+        lines = [line for _, _, line in requirements(development)]
+    if lines:
         unfinished.touch()
-        _install(python, found)
+        _install(python, lines)
         unfinished.unlink()
     return python
 
 
-def _missing_in(python: str, development: bool) -> list[str] | None:
-    """Unsatisfied lines as another Python sees them; None where it does not start."""
-    command = [python, "-m", "helpers.environment"] + ["--development"] * development
+def venv_python() -> str:
+    """Path of the Python of ``.venv``, whether it is there or not."""
+    return str(ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
+def missing_in_venv(development: bool = False) -> list[str] | None:
+    """Requirement lines that ``.venv`` does not satisfy; None where it is not there, half-made, or does not start."""
+    if (ROOT / ".venv" / UNFINISHED).exists():
+        return None
+    command = [venv_python(), "-m", "helpers.environment"] + ["--development"] * development
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import subprocess
@@ -138,11 +139,13 @@ def quiet() -> None:
     """No progress bars and no library chatter: notebooks keep text that a reader needs, and stay small."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["TQDM_DISABLE"] = "1"
+    warnings.filterwarnings("ignore", message="IProgress not found")  # as tqdm says when it is first imported
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S") + ("-t4rehearsal" if args.rehearse_t4 else "")
     folder = ROOT / "runs" / stamp
     folder.mkdir(parents=True)
-    os.environ["QLORA_OUT"] = str(folder)
+    os.environ["QLORA_OUT"] = str(folder.relative_to(ROOT))  # kernels start in ROOT; prints name no one's home
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     if args.rehearse_t4:
         os.environ["QLORA_REHEARSE_T4"] = "1"

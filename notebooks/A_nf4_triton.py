@@ -39,8 +39,8 @@ if root is None:
         print(f"{repository} has no tag {tag}: taking its main branch")
         subprocess.run(clone, check=True)
 os.chdir(root)
-sys.path.insert(0, os.getcwd())
 subprocess.run([sys.executable, "-m", "helpers.environment", "--install"], check=True)
+sys.path.insert(0, os.getcwd())
 
 # %%
 import torch

@@ -13,7 +13,7 @@ from helpers import build, catalogue, checks, run
 from helpers.environment import SetupError
 
 ROOT = Path(__file__).parents[1]
-SOURCE = '''# %% [markdown]
+SOURCE = """# %% [markdown]
 # # Q. A small notebook
 #
 # {{BADGES}}
@@ -37,7 +37,7 @@ suffix = "_t4rehearsal" * results["rehearsal"]
 for name, text in ((f"Q_results{suffix}.json", json.dumps(results)), (f"Q_curve{suffix}.csv", "step,loss")):
     with open(os.path.join(os.environ["QLORA_OUT"], name), "w") as file:
         file.write(text)
-'''
+"""
 
 
 def project(folder: Path, patch: pytest.MonkeyPatch) -> Path:
