@@ -49,6 +49,7 @@ SHAPES: dict[str, dict] = {
         "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+SHAPES["tiny-untied"] = SHAPES["tiny"] | {"tie_word_embeddings": False}
 
 
 @dataclass
@@ -86,12 +87,17 @@ def hub_answers(timeout_s: float = 3.0) -> bool:
         return False
 
 
+def challenge_runs_here() -> bool:
+    """Whether the challenge's checkpoints and data can be had and used: a GPU of 14 GiB or more, and the Hub answers."""
+    big_enough = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 14 * 1024**3
+    return big_enough and hub_answers()
+
+
 def resolve_model(name: str, challenge: str = CHALLENGE_1B) -> str:
     """The name that ``auto`` stands for on this machine; any other name as it is."""
     if name != "auto":
         return name
-    big_enough = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 14 * 1024**3
-    return challenge if big_enough and hub_answers() else "embedded"
+    return challenge if challenge_runs_here() else "embedded"
 
 
 def load_base(name: str = "auto", dtype: torch.dtype | None = None, challenge: str = CHALLENGE_1B) -> Checkpoint:

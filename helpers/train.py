@@ -212,7 +212,8 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     sharding = _sharding(args)
     host.quiet()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    with fsdp2.one_rank_at_a_time() if sharding else contextlib.nullcontext():
+    read = not args.model.startswith("shape:")  # random weights are made on the device
+    with fsdp2.one_rank_at_a_time() if sharding and read else contextlib.nullcontext():
         base = checkpoints.load_base(args.model, DTYPES[args.dtype])
     rows = load_instructions(args.dataset, vocab_size=base.model.config.vocab_size, seed=args.seed)
     model = checkpoints.attach_lora(base.model, args.lora_rank)
