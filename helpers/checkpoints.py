@@ -88,7 +88,7 @@ def hub_answers(timeout_s: float = 3.0) -> bool:
 
 
 def challenge_runs_here() -> bool:
-    """Whether the challenge's checkpoints and data can be had and used: a GPU of 14 GiB or more, and the Hub answers."""
+    """Whether the challenge's checkpoints and data can be used: a GPU of 14 GiB or more, and the Hub answers."""
     big_enough = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 14 * 1024**3
     return big_enough and hub_answers()
 

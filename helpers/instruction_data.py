@@ -7,6 +7,7 @@ The sources are read with ``ast``; nothing is imported, no network is used, and 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import random
 import sysconfig
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-OIG_URL = "https://huggingface.co/datasets/laion/OIG/resolve/main/unified_chip2.jsonl"
+OIG = "hf://datasets/laion/OIG/unified_chip2.jsonl"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "ensurepip", "turtledemo"}
 ANSWER_CHARACTERS = (60, 700)  # long enough to teach, short enough for 256 tokens
 
@@ -26,8 +27,8 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
     """Training rows in a form that TRL's ``SFTTrainer`` takes as they are.
 
     Args:
-        name: ``auto`` (OIG chip2 where a GPU and the Hub answer, else ``python-docs``), ``python-docs``, ``oig``,
-            ``random:LOW-HIGH[xROWS]`` (token ids drawn at random, LOW to HIGH tokens a row, for speed and memory
+        name: ``auto`` (``oig`` where ``auto`` is the challenge's model, else ``python-docs``), ``python-docs``,
+            ``oig``, ``random:LOW-HIGH[xROWS]`` (token ids drawn at random, LOW to HIGH tokens a row, for speed and memory
             only), a ``.jsonl`` or ``.json`` file, or a Hub data set id.
         vocab_size: upper bound of the ids of ``random:``.
         seed: of ``random:`` and of the shuffle of ``python-docs``.
@@ -42,25 +43,27 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
 
     name = resolve_data(name)
     if name == "python-docs":
-        rows = list(python_documentation())
+        rows = list(_python_rows())
         random.Random(seed).shuffle(rows)
         return Dataset.from_list(rows)
     if name.startswith("random:"):
         return Dataset.from_list(list(_random_rows(name.removeprefix("random:"), vocab_size or 512, seed)))
-    if name == "oig":
-        return load_dataset("json", data_files={"train": OIG_URL}, split="train[:10%]")
-    if name.endswith((".jsonl", ".json")):
-        if not Path(name).is_file():
-            raise ValueError(f"data file {name!r} does not exist")
-        rows = load_dataset("json", data_files=name, split="train")
-    else:
-        try:
+    is_file = name.endswith((".jsonl", ".json"))
+    if is_file and not Path(name).is_file():
+        raise ValueError(f"data file {name!r} does not exist")
+    try:
+        if name == "oig":
+            rows = load_dataset("json", data_files=OIG, split="train[:10%]")
+        elif is_file:
+            rows = load_dataset("json", data_files=name, split="train")
+        else:
             rows = load_dataset(name, split="train")
-        except Exception as error:
-            raise ValueError(
-                f"data set {name!r} is neither a .jsonl file nor reachable on the Hub "
-                f"({type(error).__name__}); use 'python-docs', 'oig', 'random:200-1024' or a .jsonl file"
-            ) from error
+    except Exception as error:
+        what = "holds no JSON rows" if is_file else "is neither a .jsonl file nor reachable on the Hub"
+        raise ValueError(
+            f"data set {name!r} {what} ({type(error).__name__}); "
+            "use 'python-docs', 'oig', 'random:200-1024', a .jsonl file or a Hub id"
+        ) from error
     known = {"messages", "text", "prompt", "input_ids"}
     if not known & set(rows.column_names):
         raise ValueError(f"data set {name!r} has columns {rows.column_names}; one of {sorted(known)} is needed")
@@ -71,13 +74,16 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
 
 def resolve_data(name: str) -> str:
     """The name that ``auto`` stands for on this machine; any other name as it is."""
-    import torch
-
     from . import checkpoints
 
     if name != "auto":
         return name
-    return "oig" if torch.cuda.is_available() and checkpoints.hub_answers() else "python-docs"
+    return "oig" if checkpoints.challenge_runs_here() else "python-docs"
+
+
+@functools.cache
+def _python_rows() -> tuple[dict, ...]:
+    return tuple(python_documentation())
 
 
 def python_documentation() -> Iterator[dict]:

@@ -17,7 +17,7 @@ from helpers.memory import measure_peak
 def test_python_documentation_is_plentiful_ordered_and_conversational():
     rows = load_instructions("python-docs")
     assert len(rows) > 2000
-    assert rows[:50] == load_instructions("python-docs")[:50]
+    assert rows[:50] == load_instructions("python-docs")[:50] != load_instructions("python-docs", seed=1)[:50]
     question, answer = rows[0]["messages"]
     assert question["role"] == "user" and "standard library" in question["content"]
     assert answer["role"] == "assistant" and len(answer["content"]) >= 60
@@ -43,6 +43,7 @@ def test_a_users_own_file(tmp_path):
         ("random:9-5", "0 < LOW <= HIGH"),
         ("random:many", "not of the form"),
         ("no/such-set", "neither a .jsonl file nor reachable"),
+        ("oig", "neither a .jsonl file nor reachable"),
     ],
 )
 def test_bad_data_is_named(name, said):
@@ -50,10 +51,13 @@ def test_bad_data_is_named(name, said):
         load_instructions(name)
 
 
-def test_a_file_without_a_known_column_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"sentence": "hello"}', "has columns .*sentence"), ("{oops", "no JSON rows")]
+)
+def test_a_file_without_rows_of_a_known_column_is_refused(tmp_path, text, said):
     path = tmp_path / "odd.jsonl"
-    path.write_text(json.dumps({"sentence": "hello"}) + "\n")
-    with pytest.raises(ValueError, match="has columns .*sentence"):
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match=said):
         load_instructions(str(path))
 
 
@@ -125,8 +129,8 @@ def test_a_users_folder_is_loaded_whether_quantised_or_not(tmp_path):
 @pytest.mark.parametrize(
     ("gpu_gib", "answers", "model", "data"),
     [
-        (None, True, "embedded", "python-docs"), (8, True, "embedded", "oig"), (15, False, "embedded", "python-docs"),
-        (15, True, checkpoints.CHALLENGE_8B, "oig"),
+        (None, True, "embedded", "python-docs"), (8, True, "embedded", "python-docs"),
+        (15, False, "embedded", "python-docs"), (15, True, checkpoints.CHALLENGE_8B, "oig"),
     ],
 )  # fmt: skip
 def test_what_auto_stands_for(monkeypatch, gpu_gib, answers, model, data):

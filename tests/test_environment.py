@@ -47,6 +47,16 @@ def test_this_environment_satisfies_the_pins():
     assert environment.missing(development=False) == []
 
 
+@pytest.mark.parametrize(("platform", "triton"), [("linux", "triton"), ("win32", "triton-windows"), ("darwin", None)])
+def test_each_platform_gets_its_own_triton(monkeypatch, platform, triton):
+    monkeypatch.setattr(sys, "platform", platform)
+    names = {name for name, _, _ in environment.requirements(development=True)}
+    assert names & {"triton", "triton-windows"} == ({triton} if triton else set())
+    assert {"torch", "pytest"} <= names and "pytest" not in {
+        n for n, _, _ in environment.requirements(development=False)
+    }
+
+
 def test_old_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
     with pytest.raises(SetupError, match=r"Python 3\.9 runs this; 3\.11 to 3\.13"):
@@ -137,6 +147,7 @@ def test_ctrl_c_ends_the_children_too():
     [
         (["run", "Q"], "there is no notebook 'Q'"),
         (["run", "A", "-p", "STEPZ", "3"], "no chosen notebook has a parameter 'STEPZ'; there are CASES"),
+        (["run", "A", "-p", "STEPS", "many"], "a value of type int is needed, as 0"),
         (["build", "--promote", "runs/none"], "holds no executed notebook"),
         (["build", "--slug", "noslash"], "not of the form owner/name"),
     ],
