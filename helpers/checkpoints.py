@@ -10,7 +10,9 @@ Four kinds of name are understood (:func:`load_base`):
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -182,7 +184,9 @@ def embedded_folder() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch_gguf(Path(scratch))
         made = Path(scratch) / "converted"
-        _convert_gguf(gguf, made)
+        print(f"converting {folder.name} once, into {folder.parent.name} of the cache", flush=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            _convert_gguf(gguf, made)
         if not folder.exists():
             os.replace(made, folder)
     return folder

@@ -28,8 +28,8 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
 
     Args:
         name: ``auto`` (``oig`` where ``auto`` is the challenge's model, else ``python-docs``), ``python-docs``,
-            ``oig``, ``random:LOW-HIGH[xROWS]`` (token ids drawn at random, LOW to HIGH tokens a row, for speed and memory
-            only), a ``.jsonl`` or ``.json`` file, or a Hub data set id.
+            ``oig``, ``random:LOW-HIGH[xROWS]`` (token ids drawn at random, LOW to HIGH tokens a row, for speed and
+            memory only), a ``.jsonl`` or ``.json`` file, or a Hub data set id.
         vocab_size: upper bound of the ids of ``random:``.
         seed: of ``random:`` and of the shuffle of ``python-docs``.
 
