@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 
-from . import environment
+from . import environment, windows
 
 OK, MISSING = "ok     ", "MISSING"
 
 
 def main() -> int:
     """Print one line a finding; 1 where something that `run` needs is missing."""
-    rows = [_python(), *_packages(), *_gpu(), *_disk_and_memory(), *_hub()]
+    rows = [_python(), *_packages(), *_gpu(), *_windows(), *_disk_and_memory(), *_hub()]
     for state, what, step in rows:
         print(f"{state}  {what}" + (f"\n           next: {step}" if step else ""))
     return 1 if any(state == MISSING for state, _, _ in rows) else 0
@@ -62,11 +62,26 @@ def _gpu() -> list[tuple[str, str, str]]:
     except ImportError:
         return rows
     if torch.version.cuda is None:
-        step = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        step = f"pip install torch=={torch.__version__.split('+')[0]} --index-url {windows.CUDA_INDEX}"
         rows.append((MISSING, f"torch {torch.__version__} is a CPU build beside a GPU", step))
     elif not torch.cuda.is_available():
         step = f"update the NVIDIA driver to one that serves CUDA {torch.version.cuda}"
         rows.append((MISSING, "torch cannot start CUDA", step))
+    return rows
+
+
+def _windows() -> list[tuple[str, str, str]]:
+    """What no wheel brings to Windows, and xFormers beside a torch for another CUDA than its own."""
+    if sys.platform != "win32":
+        return []
+    rows = [(MISSING, dll, step) for dll, step in windows.missing_here()]
+    try:
+        import torch
+    except ImportError:
+        return rows
+    if environment.installed("xformers") and not (torch.version.cuda or "").startswith("12."):
+        step = f"pip install torch=={torch.__version__.split('+')[0]} --index-url {windows.CUDA_INDEX}"
+        rows.append((MISSING, f"xformers is built for CUDA 12, torch for {torch.version.cuda or 'CPUs'}", step))
     return rows
 
 
