@@ -184,11 +184,14 @@ def embedded_folder() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch_gguf(Path(scratch))
         made = Path(scratch) / "converted"
-        print(f"converting {folder.name} once, into {folder.parent.name} of the cache", flush=True)
+        print(f"converting {folder.name} for the cache, once", flush=True)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
             _convert_gguf(gguf, made)
-        if not folder.exists():
+        try:
             os.replace(made, folder)
+        except OSError:
+            if not (folder / "model.safetensors").exists():  # not another process that was faster
+                raise
     return folder
 
 

@@ -87,6 +87,22 @@ def test_ids_are_stable_and_marks_filled_in():
         assert f"kaggle/{item.path.stem}/{item.path.stem}.ipynb" in first.cells[0].source
 
 
+def test_a_failed_criterion_or_cell_is_shown_and_fails_the_run(repository, monkeypatch, capsys):
+    for name in ("QLORA_OUT", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")
+    assert run.main(["q", "-p", "STEPS", "3"]) == 1
+    (out,) = (repository / "runs").iterdir()
+    shown = capsys.readouterr().out
+    assert "[ 3/4]" in shown and shown.splitlines()[-1].split()[3:] == ["0", "1", "0"]  # PASS, FAIL, NOT RUN
+    assert json.loads((out / "Q_results.json").read_text())["parameters"] == {"STEPS": 3}
+    assert not (repository / "notebooks" / "Q_small.ipynb").exists() and len(list(out.glob("*.ipynb"))) == 1
+    shutil.rmtree(repository / "runs")
+    source = repository / "notebooks" / "Q_small.py"
+    source.write_text(SOURCE.replace("import json, os", "import json, os, no_such_module"))
+    assert run.main([]) == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_run_is_taken_whole_and_passes_the_check(repository, executed):
     for out in executed:
         build.promote(out)
