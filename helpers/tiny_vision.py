@@ -134,12 +134,17 @@ def processor(family: str, words: Any = None) -> VisionProcessor:
 
 
 def model(
-    family: str, processor: VisionProcessor, seed: int = 0, text: dict[str, Any] | None = None
+    family: str,
+    processor: VisionProcessor,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
     """A model of this family with random weights in float32, in eval mode, for the vocabulary of ``processor``.
 
     Args:
         text: values of the text model's config that replace the tiny ones.
+        vision: the same of the vision tower's.
     """
     import transformers as hf
 
@@ -167,27 +172,27 @@ def model(
             "vision_start_token_id": convert("<|vision_start|>"), "vision_end_token_id": convert("<|vision_end|>"),
         }  # fmt: skip
         if family == "qwen2_vl":
-            vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": text["hidden_size"]}
-            config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, **marks)
+            tower = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": text["hidden_size"]}
+            config = hf.Qwen2VLConfig(text_config=text, vision_config=tower, **marks)
             kind = hf.Qwen2VLForConditionalGeneration
         else:
-            vision = {
+            tower = {
                 "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "window_size": 56,
                 "fullatt_block_indexes": [1], "out_hidden_size": text["hidden_size"],
             }  # fmt: skip
-            config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+            config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **marks)
             kind = hf.Qwen2_5_VLForConditionalGeneration
     elif family == "mllama":
-        vision = {
+        tower = {
             "hidden_size": 32, "image_size": 28, "patch_size": 14, "num_hidden_layers": 2, "num_global_layers": 1,
             "attention_heads": 2, "intermediate_size": 48, "max_num_tiles": 4, "intermediate_layers_indices": [0],
             "vision_output_dim": 64,
         }  # fmt: skip
         text |= {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "vocab_size": text["vocab_size"]}
-        config = hf.MllamaConfig(text_config=text, vision_config=vision, image_token_index=token)
+        config = hf.MllamaConfig(text_config=text, vision_config=tower, image_token_index=token)
         kind = hf.MllamaForConditionalGeneration
     else:
-        vision = {
+        tower = {
             "pixtral": hf.PixtralVisionConfig(**tower, patch_size=16, image_size=128),
             "llava": hf.CLIPVisionConfig(**tower, patch_size=14, image_size=56, projection_dim=32),
             "llava_siglip": hf.SiglipVisionConfig(**tower, patch_size=14, image_size=56),
@@ -198,9 +203,11 @@ def model(
             "llava_siglip": {"vision_feature_layer": -2, "vision_feature_select_strategy": "full"},
         }[family]
         config = hf.LlavaConfig(
-            text_config=hf.LlamaConfig(**text), vision_config=vision, image_token_index=token, **select
+            text_config=hf.LlamaConfig(**text), vision_config=tower, image_token_index=token, **select
         )
         kind = hf.LlavaForConditionalGeneration
+    for key, value in (vision or {}).items():
+        setattr(config.vision_config, key, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = kind(config).eval()

@@ -1,0 +1,462 @@
+"""Export a finetuned vision model to the two GGUF files that llama.cpp reads: the text model and the vision tower.
+
+Qwen2-VL, Qwen2.5-VL, and Llava 1.5 on CLIP or SigLIP over a Llama, Mistral or Qwen2 text model. LoRA is added to the
+weights it was trained on, in text and vision layers alike, 4-bit ones decoded first; the model itself stays as it is.
+Written with the ``gguf`` package. Two things are llama.cpp's own: it resizes images by its own rule (Llava: padded to a
+square; Qwen: at least 8 tokens), and its Llava graph puts CLIP's class token behind the patches, where training had
+it in front, so that Llava 1.5 on CLIP answers a little differently there until
+https://github.com/ggml-org/llama.cpp/pull/25844 lands (SigLIP has no class token and is exact).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+State = dict[str, Callable[[], torch.Tensor]]  # a parameter's name -> its merged value, made when asked for
+Tensors = dict[str, Callable[[], torch.Tensor]]
+TYPES = ("f32", "f16", "q8_0")
+
+BLOCK = r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d+)\."
+TEXT_NAMES = (
+    (r"(?:model\.)?language_model\.(?:model\.)?embed_tokens\.weight", "token_embd.weight"),
+    (r"(?:model\.)?language_model\.(?:model\.)?norm\.weight", "output_norm.weight"),
+    (r"(?:language_model\.)?lm_head\.weight", "output.weight"),
+    (BLOCK + r"input_layernorm\.weight", r"blk.\1.attn_norm.weight"),
+    (BLOCK + r"post_attention_layernorm\.weight", r"blk.\1.ffn_norm.weight"),
+    (BLOCK + r"self_attn\.([qkv])_proj\.(weight|bias)", r"blk.\1.attn_\2.\3"),
+    (BLOCK + r"self_attn\.o_proj\.(weight|bias)", r"blk.\1.attn_output.\2"),
+    (BLOCK + r"mlp\.(gate|up|down)_proj\.(weight|bias)", r"blk.\1.ffn_\2.\3"),
+)
+TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
+LAYER = TOWER + r"encoder\.layers\.(\d+)\."
+LLAVA_NAMES = (
+    (TOWER + r"embeddings\.class_embedding", "v.class_embd"),
+    (TOWER + r"embeddings\.patch_embedding\.(weight|bias)", r"v.patch_embd.\1"),
+    (TOWER + r"embeddings\.position_embedding\.weight", "v.position_embd.weight"),
+    (TOWER + r"pre_layrnorm\.(weight|bias)", r"v.pre_ln.\1"),
+    (TOWER + r"(?:post_layernorm|head)\..*", ""),  # behind the layers that Llava reads
+    (LAYER + r"self_attn\.([qkv])_proj\.(weight|bias)", r"v.blk.\1.attn_\2.\3"),
+    (LAYER + r"self_attn\.out_proj\.(weight|bias)", r"v.blk.\1.attn_out.\2"),
+    (LAYER + r"layer_norm([12])\.(weight|bias)", r"v.blk.\1.ln\2.\3"),
+    (LAYER + r"mlp\.fc1\.(weight|bias)", r"v.blk.\1.ffn_up.\2"),
+    (LAYER + r"mlp\.fc2\.(weight|bias)", r"v.blk.\1.ffn_down.\2"),
+    (r"(?:model\.)?multi_modal_projector\.linear_1\.(weight|bias)", r"mm.0.\1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_2\.(weight|bias)", r"mm.2.\1"),
+)
+VISUAL = r"(?:model\.)?visual\."
+QWEN_BLOCK = VISUAL + r"blocks\.(\d+)\."
+QWEN_NAMES = (
+    (VISUAL + r"patch_embed\.proj\.weight", "v.patch_embd.weight"),
+    (QWEN_BLOCK + r"norm([12])\.(weight|bias)", r"v.blk.\1.ln\2.\3"),
+    (QWEN_BLOCK + r"attn\.qkv\.(weight|bias)", r"v.blk.\1.attn_qkv.\2"),
+    (QWEN_BLOCK + r"attn\.proj\.(weight|bias)", r"v.blk.\1.attn_out.\2"),
+    (QWEN_BLOCK + r"mlp\.(?:fc1|up_proj)\.(weight|bias)", r"v.blk.\1.ffn_up.\2"),
+    (QWEN_BLOCK + r"mlp\.(?:fc2|down_proj)\.(weight|bias)", r"v.blk.\1.ffn_down.\2"),
+    (QWEN_BLOCK + r"mlp\.gate_proj\.(weight|bias)", r"v.blk.\1.ffn_gate.\2"),
+    (VISUAL + r"merger\.ln_q\.(weight|bias)", r"v.post_ln.\1"),
+    (VISUAL + r"merger\.mlp\.([02])\.(weight|bias)", r"mm.\1.\2"),
+)
+# What splits text before BPE -> llama.cpp's name for it.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+SPLITS = {
+    (QWEN2_SPLIT, False): "qwen2",
+    (LLAMA3_SPLIT, False): "llama-bpe",
+    (None, True): "smollm",
+    (None, False): "gpt-2",
+}
+TEXT_KINDS = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl"
+}  # fmt: skip
+
+
+def export_gguf(
+    model: torch.nn.Module, processor: Any, folder: str | Path, dtype: str = "f16", quantize: str | None = None
+) -> tuple[Path, Path]:
+    """Write ``model-<type>.gguf`` (text) and ``mmproj-<type>.gguf`` (vision) and return their paths.
+
+    Args:
+        model: of transformers, or PEFT's around one; 16-bit, 32-bit or bitsandbytes 4-bit weights.
+        processor: its processor (image mean and deviation, tokenizer, chat template).
+        folder: made where missing; both files appear whole, or neither does.
+        dtype: of matrices, ``f32``, ``f16`` or ``q8_0`` (text only; the vision tower is then f16). Vectors stay f32.
+        quantize: a further type of the text file, such as ``Q4_K_M``, made by llama.cpp's ``llama-quantize`` on the
+            PATH from f16.
+
+    Raises: ValueError, before any file appears, for a model of another kind, one with missing or unknown tensors, a
+        tokenizer or a setting that llama.cpp cannot express, or a missing ``llama-quantize``.
+    """
+    if dtype not in TYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(TYPES)}; other types of text go in quantize")
+    tool = shutil.which("llama-quantize")
+    if quantize and not tool:
+        raise ValueError(f"quantize={quantize!r} needs llama.cpp's llama-quantize on the PATH; dtype='q8_0' does not")
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, state = plain.config, merged_tensors(plain)
+    if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "llava"):
+        raise ValueError(
+            f"model type {config.model_type!r} cannot be exported; Qwen2-VL, Qwen2.5-VL and Llava 1.5 can "
+            "(llama.cpp reads no Mllama)"
+        )
+    text_kind, text_values = _text_values(config.get_text_config())
+    vision = _qwen_vision if config.model_type.startswith("qwen") else _llava_vision
+    vision_values, vision_names = vision(config, processor.image_processor)
+    text, tower = _named(state, vision_names, config)
+    words = _tokenizer_values(processor, config.get_text_config().vocab_size)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mmproj_type = "f16" if dtype == "q8_0" else dtype
+    final = folder / f"model-{(quantize or dtype).lower()}.gguf", folder / f"mmproj-{mmproj_type}.gguf"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        made = Path(scratch) / "text.gguf", Path(scratch) / "mmproj.gguf"
+        _write(made[0], text_kind, {**text_values, **words}, text, "f16" if quantize else dtype)
+        _write(made[1], "clip", vision_values, tower, mmproj_type)
+        if quantize:
+            whole, made = made[0], (Path(scratch) / "quantized.gguf", made[1])
+            done = subprocess.run([tool, whole, made[0], quantize], capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"llama-quantize refused {quantize!r}: {done.stderr.strip()[-300:]}")
+        for source, target in zip(made, final, strict=True):
+            os.replace(source, target)
+    return final
+
+
+def merged_tensors(model: torch.nn.Module) -> State:
+    """Every parameter of ``model`` by its plain name, as a function that gives it in float32 on the CPU, LoRA added.
+
+    Raises: ValueError for adapters other than LoRA, DoRA, or 8-bit weights.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    found: State = {}
+    inside: tuple[str, ...] = ()  # what belongs to a module that is already dealt with
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            if not isinstance(module, LoraLayer) or any(module.use_dora.values()) or any(module.lora_bias.values()):
+                raise ValueError(f"{name} carries an adapter other than plain LoRA; merge it with PEFT first")
+            inside = (*inside, f"{name}.")
+            for key, value in module.get_base_layer().named_parameters(recurse=False):
+                found[f"{name}.{key}"] = _reader(module, value, key == "weight")
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside = (*inside, f"{name}.")
+            trained = module.modules_to_save[module.active_adapters[0]]
+            found |= {f"{name}.{key}": _reader(None, value) for key, value in trained.named_parameters()}
+        else:
+            for key, value in module.named_parameters(recurse=False):
+                found[f"{name}.{key}" if name else key] = _reader(None, value)
+    return found
+
+
+def _reader(lora: Any, value: torch.Tensor, weight: bool = False) -> Callable[[], torch.Tensor]:
+    if value.dtype == torch.int8:
+        raise ValueError("8-bit weights cannot be exported; load the model in 4 or 16 bits")
+
+    def read() -> torch.Tensor:
+        whole = value.detach()
+        if (state := getattr(value, "quant_state", None)) is not None:
+            import bitsandbytes.functional as bnb
+
+            whole = bnb.dequantize_4bit(value.data, state)
+        whole = whole.float()
+        if weight and lora is not None and not lora.merged:
+            for adapter in lora.active_adapters:
+                if adapter in lora.scaling:
+                    whole = whole + lora.get_delta_weight(adapter).detach().float().reshape(whole.shape)
+        return whole.cpu()
+
+    return read
+
+
+def _named(state: State, vision_names: Iterable[tuple[str, str]], config: Any) -> tuple[Tensors, Tensors]:
+    """The tensors of both files by llama.cpp's names; raises where one is unknown or missing."""
+    text_config = config.get_text_config()
+    text, tower, unknown = {}, {}, []
+    for name, read in state.items():
+        for names, target in ((TEXT_NAMES, text), (vision_names, tower)):
+            hits = [(re.fullmatch(pattern, name), new) for pattern, new in names]
+            hit = next(((match, new) for match, new in hits if match), None)
+            if hit:
+                if hit[1]:
+                    target[hit[0].expand(hit[1])] = read
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors have no place in llama.cpp's files, such as {unknown[:3]}")
+    if text_config.tie_word_embeddings or getattr(config, "tie_word_embeddings", False):
+        text.pop("output.weight", None)
+        wanted = {"token_embd.weight", "output_norm.weight"}
+    else:
+        wanted = {"token_embd.weight", "output_norm.weight", "output.weight"}
+    parts = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    wanted |= {f"blk.{i}.{part}.weight" for i in range(text_config.num_hidden_layers) for part in parts}
+    vision = config.vision_config
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    attention = ("attn_qkv",) if config.model_type.startswith("qwen") else ("attn_q", "attn_k", "attn_v")
+    parts = (*attention, "attn_out", "ln1", "ln2", "ffn_up", "ffn_down")
+    wanted_tower = {f"v.blk.{i}.{part}.weight" for i in range(layers) for part in parts}
+    wanted_tower |= {"v.patch_embd.weight", "mm.0.weight", "mm.2.weight"}
+    if missing := sorted((wanted - text.keys()) | (wanted_tower - tower.keys())):
+        raise ValueError(f"the model is incomplete: {len(missing)} tensors are missing, such as {missing[:3]}")
+    if text_config.model_type in ("llama", "mistral"):
+        _interleave_rope(text, text_config)
+    if (frequencies := _rope_factors(text_config)) is not None:
+        text["rope_freqs.weight"] = lambda: frequencies
+    if config.model_type.startswith("qwen"):
+        tower = _split_qwen(tower)
+    return text, tower
+
+
+def _interleave_rope(text: Tensors, config: Any) -> None:
+    """llama.cpp's Llama rotates neighbouring channels, transformers' rotates halves: reorder q and k to match."""
+
+    def reorder(read: Callable[[], torch.Tensor], heads: int) -> Callable[[], torch.Tensor]:
+        def read_reordered() -> torch.Tensor:
+            weight = read()
+            halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+            return halves.transpose(1, 2).reshape(weight.shape)
+
+        return read_reordered
+
+    for name in text:
+        if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name):
+            heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+            text[name] = reorder(text[name], heads)
+
+
+def _split_qwen(tower: Tensors) -> Tensors:
+    """q, k and v apart, and the patch embedding's two frames."""
+    split: Tensors = {}
+    for name, read in tower.items():
+        if ".attn_qkv." in name:
+            for i, part in enumerate("qkv"):
+                split[name.replace("attn_qkv", f"attn_{part}")] = lambda read=read, i=i: read().chunk(3)[i]
+        elif name == "v.patch_embd.weight":
+            for i, new in enumerate((name, f"{name}.1")):
+                split[new] = lambda read=read, i=i: read()[:, :, i]
+        else:
+            split[name] = read
+    return split
+
+
+def _text_values(config: Any) -> tuple[str, dict[str, Any]]:
+    """llama.cpp's name for the text model, and its hyperparameters."""
+    if config.model_type not in TEXT_KINDS:
+        raise ValueError(f"text model {config.model_type!r} cannot be exported; known: {', '.join(TEXT_KINDS)}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r} of the text model is not silu, all that llama.cpp has here")
+    kind, rope = TEXT_KINDS[config.model_type], config.rope_parameters
+    heads = config.num_attention_heads
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "rope.freq_base": float(rope["rope_theta"]),
+        "vocab_size": config.vocab_size,
+    }
+    if kind == "qwen2vl":
+        values["rope.dimension_sections"] = [*rope["mrope_section"], 0]
+    elif rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"rope_type={rope['rope_type']!r} cannot be exported; default and llama3 can")
+    return kind, {f"{kind}.{key}": value for key, value in values.items()}
+
+
+def _rope_factors(config: Any) -> torch.Tensor | None:
+    """What llama.cpp divides each rotation's frequency by, for Llama 3's stretched context."""
+    if config.rope_parameters.get("rope_type") != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)
+    return plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+
+
+def _qwen_vision(config: Any, image_processor: Any) -> tuple[dict[str, Any], Iterable[tuple[str, str]]]:
+    vision = config.vision_config
+    second = config.model_type == "qwen2_vl"
+    width = vision.embed_dim if second else vision.hidden_size
+    feed_forward = int(width * vision.mlp_ratio) if second else vision.intermediate_size
+    if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
+        raise ValueError("llama.cpp wants Qwen's temporal_patch_size and spatial_merge_size to be 2")
+    if vision.hidden_act != ("quick_gelu" if second else "silu"):
+        raise ValueError(f"hidden_act={vision.hidden_act!r} of the vision tower is not what llama.cpp has for it")
+    values = _vision_values(
+        "qwen2vl_merger" if second else "qwen2.5vl_merger", image_processor, embedding_length=width,
+        feed_forward_length=feed_forward, block_count=vision.depth, head_count=vision.num_heads, eps=1e-6,
+        projection_dim=vision.hidden_size if second else vision.out_hidden_size, image_size=560,
+        patch_size=vision.patch_size,
+    )  # fmt: skip
+    values["clip.vision.spatial_merge_size"] = 2
+    if not second:
+        every = vision.fullatt_block_indexes[0] + 1
+        if (
+            list(vision.fullatt_block_indexes) != list(range(every - 1, vision.depth, every))
+            or vision.window_size != 112
+        ):
+            raise ValueError("llama.cpp wants Qwen2.5-VL's full attention in every n-th block, and windows of 112")
+        values |= {"clip.use_silu": True, "clip.vision.n_wa_pattern": every}
+    return values, QWEN_NAMES
+
+
+def _llava_vision(config: Any, image_processor: Any) -> tuple[dict[str, Any], Iterable[tuple[str, str]]]:
+    vision = config.vision_config
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(f"vision tower {vision.model_type!r} cannot be exported with Llava; CLIP and SigLIP can")
+    drops_class = config.vision_feature_select_strategy == "default"
+    if drops_class != (vision.model_type == "clip_vision_model"):
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with {vision.model_type} cannot "
+            "be exported: llama.cpp drops CLIP's class token, and no patch of SigLIP"
+        )
+    layers, chosen = vision.num_hidden_layers, config.vision_feature_layer
+    if not isinstance(chosen, int):
+        raise ValueError(f"vision_feature_layer={chosen} cannot be exported; a single layer can")
+    if vision.intermediate_size == vision.hidden_size:
+        raise ValueError("llama.cpp mistakes a tower whose intermediate_size is its hidden_size for an old export")
+    if config.projector_hidden_act != "gelu" or vision.hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
+        raise ValueError(f"activations {config.projector_hidden_act!r}, {vision.hidden_act!r} are not llama.cpp's")
+    values = _vision_values(
+        "mlp", image_processor, embedding_length=vision.hidden_size, feed_forward_length=vision.intermediate_size,
+        block_count=layers, head_count=vision.num_attention_heads, eps=float(vision.layer_norm_eps),
+        projection_dim=config.get_text_config().hidden_size, image_size=vision.image_size, patch_size=vision.patch_size,
+    )  # fmt: skip
+    if vision.hidden_act != "quick_gelu":
+        values["clip.use_gelu"] = True
+    reached = chosen if chosen >= 0 else layers + 1 + chosen  # layers run before the features are read
+    if reached != layers - 1:
+        values["clip.vision.feature_layer"] = [reached]
+    return values, LLAVA_NAMES
+
+
+def _vision_values(projector: str, image_processor: Any, head_count: int, eps: float, **sizes: int) -> dict[str, Any]:
+    return {
+        "general.type": "mmproj",
+        "clip.projector_type": projector,
+        "clip.has_vision_encoder": True,
+        **{f"clip.vision.{key}": value for key, value in sizes.items()},
+        "clip.vision.attention.head_count": head_count,
+        "clip.vision.attention.layer_norm_epsilon": eps,
+        "clip.vision.image_mean": [float(x) for x in image_processor.image_mean],
+        "clip.vision.image_std": [float(x) for x in image_processor.image_std],
+    }
+
+
+def _tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer as llama.cpp's keys: byte-level BPE (Qwen, Llama 3, SmolLM2) or sentencepiece's (Llama 2)."""
+    from gguf import TokenType
+
+    tokenizer = processor.tokenizer
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    bpe, added = description["model"], tokenizer.added_tokens_decoder
+    if bpe["type"] != "BPE":
+        raise ValueError(f"a {bpe['type']} tokenizer cannot be exported; byte-level and sentencepiece BPE can")
+    pieces = {i: token for token, i in tokenizer.get_vocab().items()}
+    if max(pieces) >= vocab_size:
+        raise ValueError(f"the tokenizer has token {max(pieces)}, the model only {vocab_size}; resize its embeddings")
+    tokens, kinds = [], []
+    for i in range(vocab_size):
+        tokens.append(pieces.get(i, f"[PAD{i}]"))
+        if i not in pieces:
+            kind = TokenType.UNUSED
+        elif i in added:
+            kind = TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", tokens[-1]) and bpe.get("byte_fallback"):
+            kind = TokenType.BYTE
+        else:
+            kind = TokenType.NORMAL
+        kinds.append(int(kind))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    values: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    if bpe.get("byte_fallback"):
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(merges):  # sentencepiece's scores only rank: the earliest merge wins
+            ranks.setdefault(pair.replace(" ", ""), rank)
+        values |= {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.scores": [-float(ranks.get(token, len(merges))) for token in tokens],
+        }
+    else:
+        values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(description["pre_tokenizer"])}
+        values["tokenizer.ggml.merges"] = merges
+    for key, token in (
+        ("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)
+    ):  # fmt: skip
+        if token is not None:
+            values[f"tokenizer.ggml.{key}_token_id"] = token
+    values["tokenizer.ggml.add_bos_token"] = False  # chat templates write it
+    if template := getattr(processor, "chat_template", None) or tokenizer.chat_template:
+        values["tokenizer.chat_template"] = template
+    return values
+
+
+def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
+    def parts(node: Any) -> Iterator[dict]:
+        if isinstance(node, dict):
+            yield node
+            for child in node.get("pretokenizers", ()):
+                yield from parts(child)
+
+    regex = next((node["pattern"].get("Regex") for node in parts(pre_tokenizer) if node["type"] == "Split"), None)
+    digits = any(node["type"] == "Digits" for node in parts(pre_tokenizer))
+    if (regex, digits) not in SPLITS:
+        raise ValueError(f"llama.cpp has no name that we know for a tokenizer that splits text by {regex!r}")
+    return SPLITS[regex, digits]
+
+
+def _write(path: Path, kind: str, values: dict[str, Any], tensors: Tensors, dtype: str) -> None:
+    """One GGUF file; tensors pass through a temporary file, so that memory holds one of them at a time."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, kind, use_temp_file=True)
+    file_type = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
+                 "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype]  # fmt: skip
+    writer.add_file_type(file_type)
+    for key, value in values.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    for name, read in tensors.items():
+        array = np.ascontiguousarray(read().float().numpy())
+        if array.ndim == 1 or dtype == "f32" or "position_embd" in name:
+            writer.add_tensor(name, array)
+        elif dtype == "q8_0" and array.shape[-1] % 32 == 0:
+            quantised = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, array.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
