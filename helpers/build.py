@@ -214,7 +214,7 @@ def _results_table(which: str) -> str:
                           for status in ("PASS", "FAIL", "NOT RUN")]  # fmt: skip
                 link = copies(item.path.stem)["kaggle" if rehearsal else "native"].relative_to(ROOT).as_posix()
                 lines.append(
-                    f"| [{item.title}]({link}) | {_ran_on(results)} | {results['minutes']:.1f} "
+                    f"| [{item.letter}. {item.title}]({link}) | {_ran_on(results)} | {results['minutes']:.1f} "
                     f"| {results['peak_gib']:.1f} | " + " | ".join(map(str, counts)) + " |"
                 )
     return "\n".join(lines)

@@ -89,7 +89,7 @@ def main() -> int:
 
 def _read(path: Path) -> Notebook:
     text = path.read_text(encoding="utf-8")
-    title = re.search(r"^# # (.+)$", text, re.M)
+    title = re.search(r"^# # (?:[A-Z]\. )?(.+)$", text, re.M)
     needs = re.search(r"^# \*\*Needs:\*\* (.+)$", text, re.M)
     cell = re.search(r'^# %% tags=\["parameters"\]\n(.*?)(?=^# %%|\Z)', text, re.M | re.S)
     parameters = {}

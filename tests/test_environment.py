@@ -159,7 +159,7 @@ def test_bad_arguments_are_one_line_and_exit_two(arguments, said):
 
 
 def test_list_and_doctor():
-    assert "A  A. NF4" in command("list").stdout
+    assert "A  NF4 to fp16" in command("list").stdout
     doctor = command("doctor")
     assert "transformers 5.17.0" in doctor.stdout and doctor.returncode == 0
 
