@@ -166,7 +166,7 @@ def check() -> tuple[list[str], list[str]]:
     problems, notes = [], []
     for item in catalogue.notebooks():
         source = from_source(item.path)
-        for place in copies(item.path.stem).values():
+        for kind, place in copies(item.path.stem).items():
             where = place.relative_to(ROOT).as_posix()
             if not place.exists():
                 notes.append(f"{where}: not executed yet")
@@ -175,12 +175,17 @@ def check() -> tuple[list[str], list[str]]:
             found = [*checks.differences(notebook, source), *checks.unfit(notebook)]
             if checks.never_executed(notebook) and not found:
                 notes.append(f"{where}: not executed yet")
-            else:
-                problems += [f"{where}: {problem}" for problem in [*found, *checks.unexecuted(notebook)]]
+                continue
+            results = catalogue.last_results(item.letter, rehearsal=kind != "native") or {}
+            if results.get("date") != notebook.metadata.get("executed_on", {}).get("date"):
+                found.append("its results in figures/ are of another run")
+            problems += [f"{where}: {problem}" for problem in [*found, *checks.unexecuted(notebook)]]
         folder = copies(item.path.stem)["kaggle"].parent
         if folder.exists():
             wrong = checks.kaggle_problems(folder, kernel_metadata(item.path.stem))
             problems += [f"kaggle/{item.path.stem}: {problem}" for problem in wrong]
+    lonely = [plot.name for plot in (ROOT / "figures").glob("*.png") if not plot.with_suffix(".csv").exists()]
+    problems += [f"figures/{name}: the rows it is drawn from are not beside it" for name in sorted(lonely)]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if with_tables(readme) != readme:
         problems.append("README.md: its tables differ from figures/*_results.json; run `python3 -m helpers build`")

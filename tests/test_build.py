@@ -176,10 +176,15 @@ def test_a_run_that_is_incomplete_or_unfit_changes_nothing(repository, executed,
     assert not (repository / "figures").exists() and not build.copies("Q_small")["native"].exists()
 
 
-def test_tables_that_differ_from_the_results_are_found(repository, executed):
+def test_tables_results_and_plots_that_do_not_belong_together_are_found(repository, executed):
     build.promote(executed[0])
+    (repository / "figures" / "Q_lonely.png").touch()
+    results = repository / "figures" / "Q_results.json"
+    results.write_text(results.read_text().replace("2026-11-25", "2026-11-24"))
     problems, _ = build.check()
-    assert any(problem.startswith("README.md: its tables differ") for problem in problems)
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "notebooks/Q_small.ipynb", "figures/Q_lonely.png", "README.md",
+    ]  # fmt: skip
 
 
 def test_a_new_slug_is_stamped_everywhere_without_a_new_run(repository, executed):
