@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OIG = "hf://datasets/laion/OIG/unified_chip2.jsonl"
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "ensurepip", "turtledemo"}
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo"}
 ANSWER_CHARACTERS = (60, 700)  # long enough to teach, short enough for 256 tokens
 
 
@@ -89,10 +90,12 @@ def _python_rows() -> tuple[dict, ...]:
 def python_documentation() -> Iterator[dict]:
     """Question and answer about each documented public function, method and class of the standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
+    paths = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in SKIPPED_FOLDERS and not name.startswith("_")]
+        paths += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("_")]
+    for path in sorted(paths):
         module = path.relative_to(library).with_suffix("")
-        if SKIPPED_FOLDERS & set(module.parts) or any(part.startswith("_") for part in module.parts):
-            continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
