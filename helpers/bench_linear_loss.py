@@ -2,8 +2,8 @@
 
     python3 -m helpers.bench_linear_loss [--rows 16384] [--hidden 4096] [--vocabulary 131072]
 
-One label in seven is ignored. Every path gets random bfloat16 data of its own draw, runs in one process, in turns, and is
-timed by CUDA events around forward and backward; peaks are above what x, weight and labels hold, gradients included.
+One label in seven is ignored. All paths get the same random bfloat16 data in one process, in turns, and are timed by
+CUDA events around forward and backward; peaks are above what x, weight and labels hold, gradients included.
 """
 
 from __future__ import annotations
@@ -94,8 +94,10 @@ def paths(trained: bool) -> dict[str, Callable[[Case], Tensor]]:
     if trained:
         found["ours, bf16 sum"] = functools.partial(ours, sum_dtype=None, chunk_size=512)
     for name, function, module in (
-        ("Liger", liger, "liger_kernel"), ("Apple CCE", apple_cce, "cut_cross_entropy"), ("TRL chunked", trl_chunked, "trl"),
-    ):  # fmt: skip
+        ("Liger", liger, "liger_kernel"),
+        ("Apple CCE", apple_cce, "cut_cross_entropy"),
+        ("TRL chunked", trl_chunked, "trl"),
+    ):
         try:
             __import__(module)
         except ImportError:

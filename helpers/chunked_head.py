@@ -1,8 +1,8 @@
 """TRL's fused head by `helpers.linear_loss`, for every trainer of TRL that asks its model for one, on any device.
 
-TRL's SFT, DPO, KTO, RLOO and GRPO trainers call ``model(..., labels=labels, fused_lm_head=True)`` for log-probabilities,
-entropies and accuracies; `chunked_head` answers, and what they make of the answer stays theirs. TRL's own answer takes the
-weight of a plain head and a Triton kernel; here the head itself is called, so it may have LoRA, a bias, or 4 bits.
+Its SFT, DPO, KTO, RLOO and GRPO trainers call ``model(..., labels=labels, fused_lm_head=True)`` for log-probabilities
+and more; `chunked_head` answers, and what they make of the answer stays theirs. TRL's own answer takes the weight of a
+plain head and a Triton kernel; here the head itself is called, so it may have LoRA, a bias or 4 bits.
 """
 
 from __future__ import annotations

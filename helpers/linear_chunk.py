@@ -1,19 +1,24 @@
 """One chunk of rows through a linear layer and a function of its output, with gradients by torch.autograd.
 
 `Chunks` is used by `helpers.linear_loss`. What is peculiar here: the layer's trained parameters are replaced by leaves
-for the duration, so that nothing reaches a parameter's ``grad`` or hooks; and a trained plain layer's graph is cut at the
-logits, so that the product that makes its weight's gradient can add to the sum over chunks by itself.
+for the duration, so that nothing reaches a parameter's ``grad`` or hooks; and the graph of a trained plain layer is cut
+at the logits, so that the product that makes its weight's gradient can add to the sum over chunks by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 class Chunks:
@@ -29,7 +34,7 @@ class Chunks:
         cast: autocast may cast a plain layer's weight once rather than at every chunk: f only calls the layer.
         cut: cut the graph at the logits.
         compile: run f through torch.compile.
-        columns: differentiable numbers that f returns for a row; of more than one, the graph is walked again.
+        walks: how often a graph may have to be walked backward.
     """
 
     def __init__(
@@ -44,12 +49,12 @@ class Chunks:
         cast: bool = False,
         cut: bool = False,
         compile: bool = False,
-        columns: int = 1,
+        walks: int = 1,
     ):
         self.function, self.linear, self.cut = function, linear, cut
         # A wrapper anew each time finds the same code compiled, and does not keep a closure alive.
         self._compiled = torch.compile(function, dynamic=True) if compile else None
-        self._autocast, self._sum_dtype, self._columns = autocast, sum_dtype, columns
+        self._autocast, self._sum_dtype, self._walks = autocast, sum_dtype, walks
         self.single = True  # f returned a tensor, not a tuple
         dtype = autocast["dtype"] if cast and autocast and autocast["enabled"] and type(linear) is nn.Linear else None
 
@@ -73,7 +78,7 @@ class Chunks:
         self._stack.enter_context(_swapped(self.linear, self._swaps))
         if self._autocast is not None:
             self._stack.enter_context(torch.autocast(**self._autocast, cache_enabled=False))
-        if self._compiled is not None and self._columns > 1:
+        if self._compiled is not None and self._walks > 1:
             # Otherwise the compiled backward pass writes over what it saved, and cannot run again.
             self._stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -87,7 +92,7 @@ class Chunks:
     def outputs(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """What f returns for ``inputs``, x and row tensors, always as a tuple, without a graph."""
         with torch.no_grad():
-            return self._call(self.linear, inputs)
+            return self._call(self.linear, [None if t is None else t.detach() for t in inputs])
 
     def graph(self, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> Graph:
         """f's outputs with the graph back to the inputs that ``needs`` names, and to the leaves."""
@@ -99,9 +104,7 @@ class Chunks:
             logits = y.detach().requires_grad_()
             return Graph(self._call(lambda _: logits, inputs), inputs, y, logits)
 
-    def gradients(
-        self, graph: Graph, cotangents: Sequence[Tensor | None], retain: bool = False
-    ) -> list[Tensor | None]:
+    def gradients(self, graph: Graph, cotangents: Sequence[Tensor | None], retain: bool = False) -> list[Tensor | None]:
         """Gradients to x and rows, None where not asked for; those of the leaves are added to ``sums``."""
         pairs = [(o, c) for o, c in zip(graph.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
         found: dict[int, Tensor] = {}  # by the id of the input
@@ -120,9 +123,9 @@ class Chunks:
                 self._through_linear(graph, gradients[-1], found)
         return [found.get(id(t)) if t is not None else None for t in graph.inputs]
 
-    def finished_sums(self, keep_dtype: bool = False) -> list[Tensor | None]:
-        """The sums, in the dtype of their parameters unless ``keep_dtype``."""
-        return [s if s is None or keep_dtype else s.to(d) for s, d in zip(self.sums, self._wanted, strict=True)]
+    def finished_sums(self) -> list[Tensor | None]:
+        """The sums in the dtypes of their parameters."""
+        return [s if s is None else s.to(dtype) for s, dtype in zip(self.sums, self._wanted, strict=True)]
 
     def _through_linear(self, graph: Graph, cotangent: Tensor, found: dict[int, Tensor]) -> None:
         x = graph.inputs[0]
@@ -165,11 +168,14 @@ class Chunks:
         return (outputs,) if self.single else tuple(outputs)
 
 
+@dataclass
 class Graph:
     """f's outputs on a chunk and what they were made of; ``y`` and ``logits`` where the graph is cut between them."""
 
-    def __init__(self, outputs: tuple, inputs: list[Tensor | None], y: Tensor | None = None, logits: Tensor | None = None):
-        self.outputs, self.inputs, self.y, self.logits = outputs, inputs, y, logits
+    outputs: tuple[Tensor, ...]
+    inputs: list[Tensor | None]
+    y: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class _AddingProduct(TorchDispatchMode):
@@ -206,15 +212,20 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 
 @contextlib.contextmanager
 def _swapped(module: nn.Module, swaps: dict[int, nn.Parameter]) -> Iterator[None]:
-    """``module`` with other parameters, by the id of those they replace. Hooks and gradients of those see nothing."""
+    """``module`` with other parameters, by the id of those they replace; FSDP2's hooks, which would gather, are off."""
     places = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if id(p) in swaps]
+    hooks = [(m, name, vars(m)[name]) for m in module.modules() if isinstance(m, FSDPModule) for name in HOOKS]
     for m, name, p in places:
         m._parameters[name] = swaps[id(p)]
+    for m, name, _ in hooks:
+        setattr(m, name, OrderedDict())
     try:
         yield
     finally:
         for m, name, p in places:
             m._parameters[name] = p
+        for m, name, hook in hooks:
+            setattr(m, name, hook)
 
 
 def autocast_now(device: torch.device) -> dict[str, Any]:
@@ -227,7 +238,7 @@ def autocast_now(device: torch.device) -> dict[str, Any]:
 
 
 class Watched:
-    """A stand-in for ``linear`` that notes how f uses it: which arguments it was called with, and whether else touched."""
+    """A stand-in for ``linear`` that notes how f uses it: what it is called with, and whether else touched."""
 
     def __init__(self, linear: nn.Module):
         self.__dict__.update(_linear=linear, calls=[], vocabulary=None, touched=False)

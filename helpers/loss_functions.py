@@ -1,4 +1,4 @@
-"""Functions of a linear layer's output for `helpers.linear_loss.linear_forward`, and the loss of a language model by it.
+"""Functions of a linear layer's output for `helpers.linear_loss.linear_forward`, and a language model's loss by it.
 
 Each is plain PyTorch, differentiated by autograd; ``linear`` makes the logits, and the float32 upcast stays in sight.
 """
