@@ -139,6 +139,30 @@ def profile_table(clock: Clock, seconds: float, rows: int = 28) -> str:
     ])  # fmt: skip
 
 
+@contextlib.contextmanager
+def autotuned() -> Iterator[list[dict[str, Any]]]:
+    """Collects what max_autotune measured within: for each matrix product the best times, in ms, and the choice."""
+    from torch._inductor import select_algorithm
+
+    rows: list[dict[str, Any]] = []
+
+    def save(timings: dict, name: str, inputs: list, *more: Any) -> None:
+        found = {"Triton": float("inf"), "cuBLAS": float("inf")}
+        for choice, ms in timings.items():
+            kind = "Triton" if "triton" in choice.name else "cuBLAS"
+            found[kind] = min(found[kind], ms)
+        if float("inf") not in found.values():
+            shapes = " x ".join("[" + ", ".join(str(n) for n in x.get_size()) + "]" for x in inputs)
+            rows.append({"op": name, "shapes": shapes, "triton_ms": found["Triton"], "aten_ms": found["cuBLAS"],
+                         "taken": min(found, key=found.get)})  # fmt: skip
+
+    select_algorithm.add_feedback_saver(save)
+    try:
+        yield rows
+    finally:
+        select_algorithm.clear_feedback_savers()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--variants", default="eager,compiled,compiled+checkpointing")

@@ -39,7 +39,7 @@ class CompiledModel:
 
     parts: dict[str, str] = field(default_factory=dict)
     active: bool = True
-    most_rows: int = 0
+    most_rows: dict[bool, int] = field(default_factory=dict)  # so far, with gradients and without
 
 
 @contextlib.contextmanager
@@ -296,8 +296,9 @@ def _batch_for_one_graph(
         return ids, labels
     if ids.shape[1] == 1:
         ids, labels = F.pad(ids, (0, 1)), F.pad(labels, (0, 1), value=IGNORED)
-    compiled.most_rows = max(compiled.most_rows, ids.shape[0])
-    if ids.shape[0] == 1 < compiled.most_rows:
+    mode = torch.is_grad_enabled()
+    compiled.most_rows[mode] = most = max(compiled.most_rows.get(mode, 0), ids.shape[0])
+    if ids.shape[0] == 1 < most:
         ids, labels = F.pad(ids, (0, 0, 0, 1)), F.pad(labels, (0, 0, 0, 1), value=IGNORED)
     return ids, labels
 

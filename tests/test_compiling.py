@@ -234,6 +234,19 @@ def test_everything_is_undone_and_generation_works_within():
     assert torch.equal(model(ids).logits, before)
 
 
+def test_rows_of_an_evaluation_do_not_change_those_of_training():
+    model = family_model("llama")
+    ids = torch.arange(3, 63).view(3, 20)
+    with CompileCounter() as counter, compile_model(model, backend="eager"):
+        for step in range(3):
+            model.train()
+            model(input_ids=ids[:1, : 9 + step], labels=ids[:1, : 9 + step]).loss.backward()
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=ids, labels=ids)
+    assert counter.compiles <= 6, str(counter)
+
+
 def test_a_trainer_trains_and_evaluates_within_and_logs_eagers_losses(tmp_path):
     """TRL's trainer, which replaces the forward itself and has accelerate wrap it, with evaluation between steps."""
     from helpers.instruction_data import load_instructions

@@ -1,0 +1,411 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # C. QLoRA under torch.compile: no graph break, one graph for every length
+#
+# {{BADGES}}
+#
+# **Needs:** any CUDA GPU from a Tesla T4 on, about 5 minutes and 8 GiB; without a GPU everything but FlexAttention's backward pass runs at a tiny size, about 2 minutes.
+#
+# A QLoRA step is thousands of small operations, and on a fast GPU most of it is Python getting them launched. torch.compile
+# removes that, if it meets neither code that it must hand back to Python (a **graph break**) nor a new length that makes it
+# compile again (a **recompile**). Here four regions of the model are compiled in place: the embedding, the rotary
+# frequencies, the decoder layer (attention, MLP, both norms, LoRA and NF4's decoding, one graph shared by all layers, with
+# gradient checkpointing inside it), and the final norm with the head and the loss.
+#
+# The criteria: FlexAttention at any sequence length; our NF4 kernel inside the graph; attention, MLP, norms and loss
+# compiled without excessive recompiles; max_autotune with Triton matrix products; the loss unchanged; at most 30 compiles;
+# memory and speed logged. The last cell judges each.
+
+# %% [markdown]
+# ## Set-up
+# Opened alone, on Kaggle or Colab, this cell fetches the repository and what its pins lack; torch and triton stay the host's.
+
+# %%
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+repository, tag = os.environ.get("QLORA_REPOSITORY", "https://github.com/{{SLUG}}"), "{{TAG}}"
+here = Path.cwd()
+root = next((folder for folder in (here, *here.parents, here / "qlora") if (folder / "helpers/host.py").is_file()), None)
+if root is None:
+    root, clone = here / "qlora", ["git", "clone", "-q", "--depth", "1", repository, "qlora"]
+    if subprocess.run([*clone, "--branch", tag], stderr=subprocess.DEVNULL).returncode:
+        print(f"{repository} has no tag {tag}: taking its main branch")
+        subprocess.run(clone, check=True)
+os.chdir(root)
+subprocess.run([sys.executable, "-m", "helpers.environment", "--install"], check=True)
+sys.path.insert(0, os.getcwd())
+
+# %%
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is imported: it then runs on the CPU, slowly and exactly
+
+from helpers import host
+from helpers.results import Results, save_figure
+
+host.prepare()
+results = Results("C")
+host.environment_table()
+
+# %% [markdown]
+# ## Parameters
+# The defaults are the real run. `-p NAME VALUE` of `python3 -m helpers run`, or papermill's own, changes them. `auto` is the
+# real model and data on a GPU; without one it is a tiny random Llama on rows of 1 to 200 random tokens, since SmolLM2 would
+# take an hour. `BENCH_STEPS = 0` leaves out the benchmark at Llama 3.2 1B's shape.
+
+# %% tags=["parameters"]
+MODEL = "auto"
+DATASET = "auto"
+STEPS = 60
+BASELINE_STEPS = 0
+BENCH_STEPS = 10
+
+# %%
+if not GPU:
+    MODEL, DATASET = ("shape:tiny", "random:1-200x400") if (MODEL, DATASET) == ("auto", "auto") else (MODEL, DATASET)
+    BENCH_STEPS = 0
+BASELINE_STEPS = BASELINE_STEPS or (10 if GPU else 2)
+
+# %% [markdown]
+# ## The challenge's own script
+# `LlamaMLP.forward` compiled with the options that were set (`max_autotune`, `trace.enabled`, ...), with full logging, caches
+# off, one compile thread and errors not suppressed: in a process of its own, its logs in a file, its counts here.
+
+# %%
+print(Path("helpers/compile_stock.py").read_text().split('"""', 2)[2])
+
+# %%
+import json
+
+
+def stock(what):
+    """Runs the script above; returns what it counted. Its logs are in C_logs_<what>.txt."""
+    log = results.folder / f"C_logs_{what}.txt"
+    command = [sys.executable, "-m", "helpers.compile_stock", what, "--model", MODEL, "--dataset", DATASET,
+               "--steps", str(BASELINE_STEPS)]  # fmt: skip
+    with open(log, "w") as file:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, check=True)
+    counts = json.loads(done.stdout.splitlines()[-1])
+    print(f"{what}: {counts['compiles']} compiles, {counts['graph_breaks']} graph breaks, {counts['recompiles']} recompiles; "
+          f"first step {counts['steps_s'][0] if counts['steps_s'] else 0:.1f} s; {len(log.read_text().splitlines())} lines in {log.name}")
+    for reason in counts["reasons"]:
+        print("  -", reason.splitlines()[0][:160])
+    if counts["error"]:
+        print("  it stopped with", counts["error"][:200])
+    return counts
+
+
+as_set = stock("mlp")
+
+# %% [markdown]
+# The MLP alone compiles by now without a break (bitsandbytes has become an operator that Dynamo sees through), but it is one
+# module of many. The whole model does break. Only traced here, not compiled, so that it gets to the end:
+
+# %%
+whole = stock("model")
+
+# %% [markdown]
+# ## Ours: regions, compiled in place
+# `compile_model` is a context: within it the regions run compiled, after it the model is what it was. What makes one graph do
+# for all lengths: dynamic shapes without PyTorch's guess that equal sizes are the same size; no mask where causal attention
+# needs none; batches of one row or token padded to two; embedding and rotary apart from gradients. What removes the
+# breaks: gradients of the embedding's output are asked for outside the graph, TRL's fused head gives way to a loss in
+# chunks, and checkpointing is inside the layer's graph instead of around it.
+
+# %%
+import inspect
+
+from helpers import compiling
+
+print(inspect.getsource(compiling.compile_model))
+
+# %% [markdown]
+# ## Sixty steps, eager and compiled
+# Stock transformers, PEFT, TRL and bitsandbytes against the same with our NF4 kernel, FlexAttention and compiled regions: the
+# same rows and seeds, accumulation over two micro-batches, an evaluation every 15 steps. One counter sees the whole run.
+# In fp16, with GradScaler, the second pair runs with PyTorch's own attention (`auto`).
+
+# %%
+from transformers import TrainerCallback
+
+from helpers.train import TrainArguments, train
+
+
+class Evaluate(TrainerCallback):
+    """The loss of one batch that is not trained on, every 15 steps, in evaluation mode."""
+
+    def __init__(self):
+        self.losses = []
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % 15 == 0:
+            model.eval()
+            ids = torch.arange(100, 400, device=model.device).view(3, 100)
+            self.losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
+            model.train()
+
+
+if GPU:
+    halves = ["float16"] if host.rehearsing_t4() or torch.cuda.get_device_capability() < (8, 0) else ["bfloat16", "float16"]
+    pairs = [(dtype, "flex" if dtype == halves[0] else "auto") for dtype in halves]
+else:
+    pairs = [("float32", "auto")]
+
+STOCK = {"nf4": "bitsandbytes", "attention": "stock", "compile": False}
+OURS = {"nf4": "triton" if GPU else "bitsandbytes", "compile": True}
+runs, counters, evaluations = {}, {}, {}
+for dtype, attention in pairs:
+    for name, parts in (("eager", STOCK), ("compiled", OURS | {"attention": attention})):
+        print(f"--- {dtype}, {name}")
+        key, evaluate = (dtype, name), Evaluate()
+        with compiling.CompileCounter() as counters[key]:
+            runs[key] = train(TrainArguments(
+                model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, loss="full", batch_size=1, accumulation=2,
+                max_length=1024, lora_rank=32, checkpointing=False, deterministic=False, prompt="",
+                output_dir=str(results.folder / f"C_{dtype}_{name}"), **parts,
+            ), callbacks=[evaluate])
+        evaluations[key] = evaluate.losses
+        torch._dynamo.reset()
+
+# %%
+for key, counter in counters.items():
+    print(*key, "-", counter)
+
+# %%
+import matplotlib.pyplot as plt
+
+fig, axes = plt.subplots(2, len(pairs), figsize=(7 * len(pairs), 5), sharex=True, height_ratios=(2, 1), squeeze=False)
+rows = []
+for column, (dtype, attention) in enumerate(pairs):
+    eager, ours = runs[dtype, "eager"].losses, runs[dtype, "compiled"].losses
+    differences = [abs(a - b) / abs(a) for a, b in zip(eager, ours, strict=True)]
+    steps = range(1, len(eager) + 1)
+    rows += [{"dtype": dtype, "step": i, "eager": a, "compiled": b, "relative_difference": d}
+             for i, a, b, d in zip(steps, eager, ours, differences, strict=True)]
+    axes[0, column].plot(steps, eager, "--", color="grey", label="eager, stock")
+    axes[0, column].plot(steps, ours, color="tab:blue", label=f"compiled, attention {attention}")
+    axes[0, column].set(ylabel="loss", title=f"QLoRA, {runs[dtype, 'eager'].label}, {dtype}\n{host.machine()}")
+    axes[0, column].legend()
+    axes[1, column].semilogy(steps, [max(d, 1e-9) for d in differences], color="tab:blue")
+    axes[1, column].axhline(1e-3, ls="--", color="grey")
+    axes[1, column].set(xlabel="step", ylabel="relative difference")
+fig.tight_layout()
+save_figure(fig, "C_loss_eager_and_compiled", rows)
+
+# %% [markdown]
+# **What you should see:** curves that cannot be told apart, and differences below the dashed line at 1e-3.
+
+# %%
+for dtype, _ in pairs:
+    counter = counters[dtype, "compiled"]
+    worst = max(row["relative_difference"] for row in rows if row["dtype"] == dtype)
+    apart = max(abs(a - b) / abs(a) for a, b in zip(evaluations[dtype, "eager"], evaluations[dtype, "compiled"], strict=True))
+    results.criterion(f"C.loss.{dtype}", f"{dtype}: loss equals eager's at each of {STEPS} steps, worst relative difference", worst, "<= 1e-3")
+    results.criterion(f"C.evaluation.{dtype}", f"{dtype}: the same of the evaluations between", apart, "<= 1e-3")
+    results.criterion(f"C.breaks.{dtype}", f"{dtype}: graph breaks", counter.graph_breaks, "== 0")
+    results.criterion(f"C.compiles.{dtype}", f"{dtype}: compiles, first step to last, evaluation included (allowed: 30)", counter.compiles, "<= 6")
+print(f"whole model, stock: {whole['compiles']} compiles and {whole['graph_breaks']} breaks in {BASELINE_STEPS} steps; "
+      f"ours: {counters[pairs[0][0], 'compiled'].compiles} and {counters[pairs[0][0], 'compiled'].graph_breaks} in {STEPS}")
+
+# %% [markdown]
+# ## What is in the graphs
+# Each compiled function of the first compiled run with the operations that Dynamo captured: what the criteria call attention,
+# MLP, layernorms and loss are named by the modules that were traced into each graph.
+
+# %%
+from IPython.display import Markdown, display
+
+first = counters[pairs[0][0], "compiled"]
+Markdown("\n".join(
+    ["| compile | function | operations | seconds | recompiled because |", "|---|---|---|---|---|"]
+    + [f"| {r['compile_id']} | {r['function']} | {r['operations']} | {r['seconds']} | {r['recompiled_because'][:90]} |" for r in first.rows]
+))
+
+# %% [markdown]
+# Which modules were traced into which graph, read off the graphs of one training step of a tiny Llama:
+
+# %%
+from helpers import checkpoints
+from helpers.nf4_linear import triton_nf4
+
+seen = []
+
+
+def record(graph, inputs):
+    nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
+    kinds = {kind.__name__ for node in nodes for _, kind in node.meta.get("nn_module_stack", {}).values() if isinstance(kind, type)}
+    calls = {str(node.target).removesuffix(".default") for node in nodes if "dequantize" in str(node.target)}
+    calls |= {"cross_entropy" for node in nodes if node.target is torch.nn.functional.cross_entropy}
+    seen.append(kinds | calls)
+    return graph.forward
+
+
+tiny = checkpoints.attach_lora(checkpoints.load_base("shape:tiny", torch.float32).model, 4).train()
+ids = torch.randint(3, 500, (2, 20), device=tiny.device)
+with triton_nf4(tiny), compiling.compile_model(tiny, backend=record):
+    tiny(input_ids=ids, labels=ids).loss.backward()
+for names in seen:
+    print(sorted(names))
+in_graphs = set().union(*seen)
+for id, text, kinds in (
+    ("C.attention", "attention is compiled", {"LlamaAttention"}), ("C.mlp", "MLP is compiled", {"LlamaMLP"}),
+    ("C.layernorms", "layernorms are compiled, the final one too", {"LlamaRMSNorm"}), ("C.loss", "the loss is compiled", {"cross_entropy"}),
+    ("C.nf4", "bitsandbytes' 4-bit layers under PEFT's are compiled", {"Linear4bit"}),
+    ("C.part_A", "part A's kernel decodes them in the graph", {"qlora.dequantize_nf4"}),
+):  # fmt: skip
+    results.criterion(id, text, kinds <= in_graphs)
+
+# %% [markdown]
+# ## FlexAttention at fifty lengths
+# One mask function for every mask: window, documents and padding are tensors in it, never constants, and its block mask is
+# worked out from the description instead of from all pairs. So causal, windowed, packed and mixed masks at any length share
+# a graph. The same lengths through `flex_attention` compiled the usual way, with transformers' kind of mask, for comparison.
+
+# %%
+import random
+
+from helpers.bench_attention import flex_at_many_lengths
+
+draw = random.Random(3407)
+longest = 4096 if GPU else 400
+lengths = [300, 1, 16, 2, 4, 127, 128, 129, longest] + [draw.randint(1, longest) for _ in range(41)]
+table = flex_at_many_lengths(lengths, device="cuda" if GPU else "cpu", dtype=torch.float16 if GPU else torch.float32)
+Markdown("\n".join(["| lengths so far | mask | length | ours: graphs | usual way: graphs |", "|---|---|---|---|---|"]
+                   + [f"| {i + 1} | {r['mask']} | {r['length']} | {r['ours']} | {r['usual']} |" for i, r in enumerate(table) if i < 12 or i % 8 == 1]))
+
+# %%
+fig, axis = plt.subplots(figsize=(7, 3))
+axis.step(range(1, len(table) + 1), [r["usual"] for r in table], color="grey", ls="--", label="usual way")
+axis.step(range(1, len(table) + 1), [r["ours"] for r in table], color="tab:blue", label="ours")
+axis.set(xlabel="batches, each of another length", ylabel="graphs compiled", title=f"FlexAttention, {host.machine()}")
+axis.legend()
+save_figure(fig, "C_flex_graphs", table)
+
+# %%
+what = "forward and backward" if GPU else "forward (PyTorch has no backward pass of FlexAttention on a CPU)"
+results.criterion("C.flex", f"FlexAttention graphs over {len(lengths)} lengths and four masks, {what}", table[-1]["ours"], "<= 2")
+worst = max(r["error"] for r in table)
+results.criterion("C.flex.exact", "its worst difference from eager attention in float64, output values near 1", worst, "<= 5e-3" if GPU else "<= 1e-5")
+
+# %% [markdown]
+# ## FlexAttention and SDPA
+# Rows of 4096 tokens packed from documents of 100 to 1000: SDPA needs a dense mask and computes every pair; flex skips the
+# blocks between documents. Without a mask, SDPA has its flash kernel. Head size 64, 32 heads, 8 of keys and values.
+
+# %%
+from helpers.bench_attention import attention_times
+
+if GPU:
+    times = attention_times()
+    display(Markdown("\n".join(["| mask | backend | forward + backward | peak above inputs |", "|---|---|---|---|"]
+                       + [f"| {r['mask']} | {r['backend']} | {r['ms']:.2f} ms | {r['gib']:.2f} GiB |" for r in times])))
+    by = {(r["mask"], r["backend"]): r["ms"] for r in times}
+    fig, axis = plt.subplots(figsize=(7, 3.5))
+    names = list(dict.fromkeys(r["backend"] for r in times))
+    for i, name in enumerate(names):
+        axis.bar([j + 0.2 * i for j in range(3)], [by.get((mask, name), 0) for mask in ("causal", "window", "packed")], 0.18, label=name)
+    axis.set_xticks([j + 0.3 for j in range(3)], ["causal", "window", "packed"])
+    axis.set(ylabel="ms, forward + backward", title=f"Attention of 4096 tokens, {host.machine()}")
+    axis.legend()
+    display(save_figure(fig, "C_attention_times", times))
+    results.metric("packed attention, SDPA's time over flex's", by["packed", "sdpa"] / by["packed", "flex"], "x")
+else:
+    print("FlexAttention is timed on a GPU; here its forward was compared above.")
+
+# %% [markdown]
+# ## max_autotune with Triton matrix products
+# Inductor times its Triton templates against cuBLAS for every product in the graphs, and takes the faster one. It refuses to
+# on GPUs of fewer than 68 multiprocessors (a T4 has 40; pytorch#141690); within `compile_model` it does there too. One graph
+# for all lengths means each product is tuned once: no compile more than without.
+
+# %%
+from helpers.bench_compile import autotuned, run_variant
+
+if GPU:
+    with autotuned() as choices:
+        tuned, _ = run_variant("compiled+autotune", TrainArguments(
+            model=MODEL, dataset=DATASET, steps=8, batch_size=1, accumulation=2, max_length=1024, lora_rank=32, prompt="",
+            deterministic=False, output_dir=str(results.folder / "C_autotune"),
+        ))  # fmt: skip
+    torch._dynamo.reset()
+    display(Markdown("\n".join(["| product | shapes | best Triton | cuBLAS | taken |", "|---|---|---|---|---|"]
+            + [f"| {c['op']} | {c['shapes']} | {c['triton_ms']:.4f} ms | {c['aten_ms']:.4f} ms | {c['taken']} |" for c in choices[:24]])))
+    triton = sum(c["taken"] == "Triton" for c in choices)
+    print(f"Triton taken for {triton} of {len(choices)} products; {counter}")
+    results.criterion("C.autotune", "products for which max_autotune timed a Triton kernel against cuBLAS", len(choices), ">= 1")
+    results.criterion("C.autotune.compiles", "compiles with max_autotune", tuned["compiles"], "<= 6")
+    results.criterion("C.autotune.breaks", "graph breaks with max_autotune", tuned["graph_breaks"], "== 0")
+    results.metric("products that went to Triton", triton, "")
+else:
+    results.not_run("C.autotune", "max_autotune with Triton matrix products", "needs a GPU")
+
+# %% [markdown]
+# ## Speed and memory
+# From the runs above: seconds a step, and the peak that PyTorch's allocator gave out. The first steps compile.
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5))
+rows = []
+for (dtype, name), run in runs.items():
+    label, style = f"{name}, {dtype}", "--" if name == "eager" else "-"
+    left.semilogy([r["step"] for r in run.rows], [r["step_s"] for r in run.rows], style, label=label)
+    right.plot([r["step"] for r in run.rows], [r["memory_gib"] for r in run.rows], style, label=label)
+    rows += [{"run": label, "step": r["step"], "step_s": r["step_s"], "memory_gib": r["memory_gib"]} for r in run.rows]
+    results.metric(f"step time, {label}", run.median_step_s, "s")
+    results.metric(f"peak allocated, {label}", run.peak_allocated_gib, "GiB")
+    print(f"{label:20s} {run.median_step_s:.3f} s a step, first step {run.rows[0]['step_s']:.1f} s, {run.peak_allocated_gib:.2f} GiB")
+left.set(xlabel="step", ylabel="s", title=f"Step time, {host.machine()}")
+right.set(xlabel="step", ylabel="GiB", title="Peak memory so far")
+left.legend()
+fig.tight_layout()
+save_figure(fig, "C_speed_and_memory", rows)
+
+# %% [markdown]
+# At the shape of Llama 3.2 1B with random weights, rows of 200 to 1024 tokens padded, batch 2 x 4, LoRA of rank 32:
+
+# %%
+if BENCH_STEPS:
+    variants = ("eager", "compiled", "compiled+checkpointing")
+    command = [sys.executable, "-m", "helpers.bench_compile", "--variants", ",".join(variants), "--steps", str(BENCH_STEPS),
+               "--out", str(results.folder / "C_bench")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-2000:])
+    bench = {v: json.loads(path.read_text()) for v in variants if (path := results.folder / "C_bench" / f"{v}.json").exists()}
+    display(Markdown("\n".join(["| variant | step | peak allocated | first step | compiles | graph breaks |", "|---|---|---|---|---|---|"]
+            + [f"| {v} | {b['step_s']:.3f} s | {b['allocated_gib']:.2f} GiB | {b['first_step_s']:.1f} s | {b['compiles']} | {b['graph_breaks']} |" for v, b in bench.items()])))
+    for variant, row in bench.items():
+        results.metric(f"1B shape, {variant}, step", row["step_s"], "s")
+        results.metric(f"1B shape, {variant}, peak allocated", row["allocated_gib"], "GiB")
+    if not host.rehearsing_t4():
+        for variant, seconds, gib in (("compiled", 0.30, 3.4), ("compiled+checkpointing", 0.45, 1.6)):
+            if variant in bench and "H100" in torch.cuda.get_device_name():
+                results.criterion(f"C.step.{variant}", f"1B shape, {variant}: seconds a step on an H100", bench[variant]["step_s"], f"<= {seconds}", "s")
+                results.criterion(f"C.memory.{variant}", f"1B shape, {variant}: peak allocated", bench[variant]["allocated_gib"], f"<= {gib}", "GiB")
+
+# %% [markdown]
+# ## Summary
+# Each line of the challenge's marking for C, with what this run measured.
+
+# %%
+dtype, flex_mask = pairs[0]
+if GPU:
+    results.criterion("C.flex.training", "FlexAttention trained at varying lengths within the compiled layers", flex_mask == "flex" and counters[dtype, "compiled"].compiles <= 6)
+else:
+    results.not_run("C.flex.training", "FlexAttention trained at varying lengths within the compiled layers", "PyTorch has no backward pass of FlexAttention on a CPU")
+results.criterion("C.logged", "memory and speed logged at every step", all("memory_gib" in r and "step_s" in r for run in runs.values() for r in run.rows))
+results.save()
+results.table()
