@@ -93,23 +93,546 @@ QUESTIONS = 0
 
 # %% [markdown]
 # ## 4. FlexAttention for any length, window and packing (2 points)
+# FlexAttention compiles a kernel for each mask function, and again when the number of mask blocks, or a length that equals
+# another size, changes. Unsloth therefore keeps it switched off (`HAS_FLEX_ATTENTION = False` in
+# `kernels/flex_attention.py`). Here one mask function serves every mask: band and documents are tensors, there are never
+# fewer than two blocks, and sizes are not taken for one another.
+#
+# **Before and after:** the graphs that the usual way and ours compile over random lengths, causal, sliding-window, packed
+# and both taking turns. Ours runs as well, and each output is compared with float64.
 
 # %%
+import random
+
+from helpers import bench_attention
+from helpers.checkpoints import default_dtype
+
+draw, device = random.Random(3407), "cuda" if GPU else "cpu"
+lengths = [draw.randint(1, 4096) for _ in range(50)] if GPU else [draw.randint(1, 500) for _ in range(12)]
+rows = bench_attention.flex_at_many_lengths(lengths, device, default_dtype())
+print(f"{len(lengths)} lengths from {min(lengths)} to {max(lengths)}: "
+      f"{rows[-1]['usual']} graphs the usual way, {rows[-1]['ours']} ours")
+results.metric("graphs over random lengths, the usual way", rows[-1]["usual"], "graphs")
+results.criterion("D.4.graphs", f"FlexAttention graphs over {len(lengths)} random lengths and four masks", rows[-1]["ours"], "<= 4")
+worst = max(row["error"] for row in rows)
+results.criterion("D.4.exact", "worst difference from float64, all lengths and masks", worst, "<= 2e-2" if GPU else "<= 1e-5")
+
+# %%
+import matplotlib.pyplot as plt
+
+fig, axis = plt.subplots(figsize=(7, 3))
+axis.step(range(1, len(rows) + 1), [row["usual"] for row in rows], "--", color="grey", where="post", label="the usual way")
+axis.step(range(1, len(rows) + 1), [row["ours"] for row in rows], color="tab:blue", where="post", label="ours")
+axis.set(xlabel="random lengths seen", ylabel="graphs compiled", title=f"FlexAttention, four masks in turn\n{host.machine()}")
+axis.set_ylim(bottom=0)
+axis.legend()
+fig.tight_layout()
+save_figure(fig, "D_flex_graphs", rows)
+
+# %% [markdown]
+# **In a model:** `attn_implementation="qlora_flex"` on a stock Mistral with a sliding window. Three texts packed into one
+# row must give the logits that each gives alone through transformers' own `sdpa`.
+
+# %%
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from helpers.attention_transformers import register
+
+register()
+torch.manual_seed(3407)
+config = MistralConfig(
+    hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=512, sliding_window=37,
+)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device).eval()
+texts = [torch.randint(0, 512, (1, n), device=device) for n in (90, 41, 130)]
+packed = {
+    "input_ids": torch.cat(texts, 1),
+    "position_ids": torch.cat([torch.arange(t.shape[1], device=device)[None] for t in texts], 1),
+    "use_cache": False,
+}
+
+
+def gradient_of(implementation):
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    model(**packed).logits.logsumexp(-1).sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+with torch.no_grad():
+    alone = torch.cat([model(text, use_cache=False).logits for text in texts], 1)
+    model.set_attn_implementation("qlora_flex")
+    difference = (model(**packed).logits - alone).abs().max().item()
+results.criterion("D.4.packed", "packed row and window against each text alone, logits", difference, "<= 1e-3")
+if GPU:
+    ours, stock = gradient_of("qlora_flex"), gradient_of("sdpa")
+    difference = ((ours - stock).norm() / stock.norm()).item()
+    results.criterion("D.4.gradients", "gradients of the packed row against sdpa, relative", difference, "<= 1e-3")
+else:
+    results.not_run("D.4.gradients", "gradients of the packed row against sdpa", "FlexAttention's backward pass needs a GPU")
 
 # %% [markdown]
 # ## 5. Sequence classification (1 point)
+# A user writes transformers' own `AutoModelForSequenceClassification.from_pretrained(...)`; `classification.patch()` puts
+# that very call, and the one for tokens, on the fast path: NF4, our attention, compiled layers, a head in float32. Closing
+# the patch undoes all of it. In Unsloth it would take the place of the special case in `FastModel.from_pretrained`.
+#
+# **Before:** three faults of the stock path. It pools the last token that is not the *padding token*, so where padding and
+# end of text are one token (as in SmolLM2, and in most chat models) it reads the token before. It ignores how many
+# micro-steps a step has, so that gradients grow with accumulation. And the new head of a quantised checkpoint is taken for
+# a 4-bit layer.
 
 # %%
+import tempfile
+
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from helpers import classification
+
+scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+torch.manual_seed(3407)
+END = 2
+config = LlamaConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97, pad_token_id=END,
+    bos_token_id=1, eos_token_id=END,
+)
+AutoModelForCausalLM.from_config(config).save_pretrained(scratch.name)
+
+
+def load(**kwargs):
+    torch.manual_seed(5)  # the new head's weights
+    return AutoModelForSequenceClassification.from_pretrained(scratch.name, **kwargs)
+
+
+ids = torch.tensor([[11, 12, 13, 14, END, END, END], [21, 22, 23, 24, 25, 26, END]])
+mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
+stock = load(num_labels=2).eval()
+with torch.no_grad(), classification.patch(quantize=False, attention="sdpa"):
+    ours = load(num_labels=2).eval()
+    every = stock.score(stock.model(ids, attention_mask=mask).last_hidden_state)
+    pooled = {"stock": stock(ids, attention_mask=mask).logits, "ours": ours(ids, attention_mask=mask).logits}
+ends = (mask.sum(1) - 1).tolist()
+found = {name: [int((every[i] - logits[i]).abs().sum(-1).argmin()) for i in range(2)] for name, logits in pooled.items()}
+print(f"texts end at positions {ends}; stock pools {found['stock']}, ours {found['ours']}")
+results.criterion("D.5.pooling", "texts pooled at their end where padding is the end-of-text token", found["ours"] == ends)
+
+# %% [markdown]
+# **Where stock is right, ours equals it:** loss and every gradient, for one label, several labels and a number, padded left
+# and right, with a padding token of its own.
+
+# %%
+kinds = {
+    "one label": ({"num_labels": 3}, torch.tensor([2, 0])),
+    "several labels": ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
+    "a number": ({"num_labels": 1}, torch.tensor([0.5, -1.0])),
+}
+worst = 0.0
+for options, labels in kinds.values():
+    for side in ("left", "right"):
+        inputs = ids.clone(), mask.clone()
+        if side == "left":
+            inputs = tuple(torch.stack([x[0].roll(2), x[1]]) for x in inputs)
+        inputs = inputs[0].masked_fill(inputs[1] == 0, 0), inputs[1]
+        steps = []
+        with classification.patch(quantize=False, attention="sdpa") as undo:
+            for patched in (True, False):
+                if not patched:
+                    undo.close()
+                model = load(pad_token_id=0, **options)
+                loss = model(inputs[0], attention_mask=inputs[1], labels=labels).loss
+                loss.backward()
+                steps.append(torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters())]))
+        worst = max(worst, (steps[0] - steps[1]).abs().max().item())
+results.criterion("D.5.parity", "loss and gradients against stock: 3 kinds of label, left and right padding, worst", worst, "<= 1e-6")
+
+# %% [markdown]
+# **A real task:** the Berkeley function-calling questions, each with its functions. Does one of them answer the question, or
+# none? The halves share no function. The code below is a user's own, with stock classes throughout; only the first line is
+# ours. On a CPU it takes a few short steps and shows nothing but that it runs.
+
+# %%
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+
+from helpers import bfcl, checkpoints
+
+undo = classification.patch()
+
+path = str(checkpoints.embedded_folder()) if MODEL == "embedded" else MODEL
+tokenizer = AutoTokenizer.from_pretrained(path, pad_token="<|im_end|>")
+dtype, longest = default_dtype(), 512 if GPU else 48
+train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
+if not GPU:
+    test = test[:4]
+
+
+def encoded(questions):
+    rows = bfcl.call_or_not_rows(questions)
+    return [{**tokenizer(row["text"], truncation=True, max_length=longest), "labels": row["label"]} for row in rows]
+
+
+def train_it(model, steps, output_dir):
+    arguments = TrainingArguments(
+        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=32 if GPU else 2, learning_rate=3e-4,
+        per_device_eval_batch_size=64 if GPU else 4, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, seed=3407,
+    )
+    trainer = Trainer(model, arguments, train_dataset=encoded(train), data_collator=DataCollatorWithPadding(tokenizer))
+    trainer.pop_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=dtype)
+model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(checkpoints.LORA_TARGETS), task_type="SEQ_CLS"))
+steps = CLASSIFY_STEPS or (150 if GPU else 2)
+trainer = train_it(model, steps, str(results.folder / "D_classifier"))
+print(*(f"{part}: {what}" for part, what in classification.parts(model).items()), sep="\n")
+history = [row for row in trainer.state.log_history if "loss" in row]
+print(f"loss {history[0]['loss']:.3f} at step 1, {history[-1]['loss']:.3f} at step {steps}")
+
+# %%
+predicted = trainer.predict(encoded(test))
+guesses, truth = predicted.predictions.argmax(-1), predicted.label_ids
+table = [[int(((truth == i) & (guesses == j)).sum()) for j in (0, 1)] for i in (0, 1)]
+accuracy, majority = float((guesses == truth).mean()), float(max((truth == 0).mean(), (truth == 1).mean()))
+names = ("none fits", "one fits")
+rows = [{"truth": names[i], "guess": names[j], "questions": table[i][j]} for i in (0, 1) for j in (0, 1)]
+fig, axis = plt.subplots(figsize=(4, 3.4))
+axis.imshow(table, cmap="Blues")
+for i in (0, 1):
+    for j in (0, 1):
+        axis.text(j, i, table[i][j], ha="center", va="center", color="black", bbox={"color": "white", "alpha": 0.6})
+axis.set(xticks=(0, 1), yticks=(0, 1), xticklabels=names, yticklabels=names, xlabel="guess", ylabel="truth")
+axis.set_title(f"accuracy {accuracy:.3f}, majority class {majority:.3f}\n{len(truth)} unseen questions, {host.machine()}", fontsize=9)
+fig.tight_layout()
+save_figure(fig, "D_classification_confusion", rows)
+
+# %%
+results.metric("call or not: accuracy on unseen functions", accuracy, "")
+results.metric("call or not: share of the majority class", majority, "")
+if GPU:
+    results.criterion("D.5.task", f"call or not on unseen functions: accuracy above the majority class ({majority:.3f})", accuracy - majority, "> 0.05")
+else:
+    results.not_run("D.5.task", "call or not on unseen functions: accuracy above the majority class", "training to that point needs a GPU")
+
+# %% [markdown]
+# **Saved and loaded by plain transformers and PEFT.** The patch is closed, so nothing of ours is left in either model.
+
+# %%
+from peft import PeftModel
+
+folder = str(results.folder / "D_classifier" / "adapter")
+model.save_pretrained(folder)
+undo.close()
+model.eval().set_attn_implementation("sdpa")
+batch = DataCollatorWithPadding(tokenizer)(encoded(test[:2])).to(model.device)
+plain = AutoModelForSequenceClassification.from_pretrained(
+    path, num_labels=2, dtype=dtype, quantization_config=checkpoints.nf4_config(dtype), pad_token_id=tokenizer.pad_token_id,
+)
+plain = PeftModel.from_pretrained(plain, folder).to(model.device).eval()
+with torch.no_grad():
+    before, after = model(**batch).logits.float(), plain(**batch).logits.float()
+results.criterion("D.5.reload", "logits after saving and loading in plain transformers, largest difference", (before - after).abs().max().item(), "<= 1e-6")
+del model, plain, trainer
 
 # %% [markdown]
 # ## 6. One attention interface over five kernels (2 points)
+# Unsloth's `attention_dispatch.py` chooses between xFormers, SDPA and flash-attn in 1,700 lines, without FlexAttention;
+# transformers has a mask of its own kind for each. Here there is **one call**, `attention(q, k, v, mask)`, one description
+# of a mask, and a table that decides and gives its reasons. Each backend is an `attn_implementation` of stock models too.
+#
+# **Before:** ask transformers for flash attention where its package is missing, or for a mask that it cannot do, and the
+# answer is an import error or a wrong result. **After:** an explicit choice that cannot work says why and what can.
 
 # %%
+from helpers.attention import BACKENDS, Case, attention, explain, unsupported
+
+capability = torch.cuda.get_device_capability() if GPU else (0, 0)
+case = Case(device, capability, default_dtype(), head_dim=64, window=True, segments=True, gradient=True)
+for row in explain(case):
+    print(f"{row['backend']:10s} {row['answer']}")
+
+try:
+    AutoModelForCausalLM.from_config(MistralConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64,
+                                                   vocab_size=99), attn_implementation="flash_attention_2")
+    print("\ntransformers has flash attention here")
+except (ImportError, ValueError) as error:
+    print(f"\nbefore: {type(error).__name__}: {str(error).splitlines()[0][:110]}")
+x = torch.randn(1, 2, 8, 64, device=device)
+try:
+    attention(x.double(), x.double(), x.double(), backend="flash")
+except ValueError as error:
+    print(f"after:  ValueError: {error}")
+
+# %% [markdown]
+# **Every backend against float64**, forward and gradients, for each mask, with fewer heads for keys than for queries.
+
+# %%
+rows = []
+for backend in BACKENDS:
+    for kind in bench_attention.MASKS:
+        mask = bench_attention.mask_of(kind, 300, device)
+        dtype = default_dtype()
+        gradient = not (backend == "flex" and not GPU)
+        case = Case(device, capability, dtype, 64, window=mask.window is not None, segments=mask.segments is not None, gradient=gradient)
+        if reason := unsupported(backend, case):
+            rows.append({"backend": backend, "mask": kind, "forward": None, "gradient": None, "reason": reason})
+            continue
+        generator = torch.Generator(device).manual_seed(1)
+        inputs = [torch.randn(1, n, 300, 64, device=device, dtype=dtype, generator=generator).requires_grad_(gradient) for n in (4, 2, 2)]
+        exact = [t.detach().double().requires_grad_(gradient) for t in inputs]
+        ours, truth = attention(*inputs, mask, backend=backend), attention(*exact, bench_attention.mask_of(kind, 300, device), backend="eager")
+        error = 0.0
+        if gradient:
+            weights = torch.randn_like(truth)
+            (ours.double() * weights).sum().backward(), (truth * weights).sum().backward()
+            error = max(((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(inputs, exact, strict=True))
+        rows.append({"backend": backend, "mask": kind, "forward": ((ours.double() - truth).norm() / truth.norm()).item(), "gradient": error, "reason": ""})
+for row in rows:
+    print(f"{row['backend']:10s} {row['mask']:8s} " + (row["reason"] or f"forward {row['forward']:.1e}  gradient {row['gradient']:.1e}"))
+ran = [row for row in rows if not row["reason"]]
+worst = max(max(row["forward"], row["gradient"]) for row in ran)
+results.metric("attention backends that ran", len({row["backend"] for row in ran}), "backends")
+results.criterion("D.6.exact", "every backend and mask against float64, forward and gradients, worst relative", worst, "<= 2e-2" if GPU else "<= 1e-5")
+
+# %% [markdown]
+# **In a stock model**, through transformers' registries: a few training steps under each name, same seed and rows, the
+# second one padded on the left.
+
+# %%
+from helpers.attention_transformers import REGISTERED
+
+config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512)
+ids = torch.randint(0, 512, (4, 64), device=device)
+real = torch.ones_like(ids)
+real[1, :20] = 0
+
+
+def losses_of(implementation, steps=3):
+    torch.manual_seed(3407)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(device, default_dtype())
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(steps):
+        loss = model(ids, attention_mask=real, labels=ids.masked_fill(real == 0, -100), use_cache=False).loss
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+stock, worst = losses_of("sdpa"), 0.0
+for name, backend in REGISTERED.items():
+    case = Case(device, capability, default_dtype(), 64, segments=True, gradient=True)
+    if backend != "auto" and (reason := unsupported(backend, case)):
+        print(f"{name:16s} {reason}")
+        continue
+    losses = losses_of(name)
+    worst = max(worst, *(abs(a - b) / b for a, b in zip(losses, stock, strict=True)))
+    print(f"{name:16s} {' '.join(f'{loss:.5f}' for loss in losses)}")
+print(f"{'sdpa (stock)':16s} {' '.join(f'{loss:.5f}' for loss in stock)}")
+results.criterion("D.6.training", "training steps of a stock model under every name against sdpa, worst relative", worst, "<= 5e-3" if GPU else "<= 1e-5")
+
+# %% [markdown]
+# **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask. Left out on a CPU.
+
+# %%
+from IPython.display import display
+
+if GPU:
+    rows = bench_attention.attention_times()
+    kinds, backends = list(dict.fromkeys(row["mask"] for row in rows)), list(dict.fromkeys(row["backend"] for row in rows))
+    fig, axis = plt.subplots(figsize=(7, 3.2))
+    for i, backend in enumerate(backends):
+        mine = {row["mask"]: row["ms"] for row in rows if row["backend"] == backend}
+        axis.bar([k + i * 0.8 / len(backends) for k in range(len(kinds))], [mine.get(kind, 0) for kind in kinds],
+                 0.8 / len(backends), label=backend)
+    axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
+    axis.set(ylabel="ms, forward and backward", yscale="log", title=f"attention, 4,096 tokens, 32 heads over 8\n{host.machine()}")
+    axis.legend(ncols=len(backends), fontsize=8)
+    fig.tight_layout()
+    display(save_figure(fig, "D_attention_backends", rows))
 
 # %% [markdown]
 # ## 7. Tool calling (1 point)
+# From Python functions to answers: their JSON schemas, a chat template with tools, QLoRA on the assistant's turns only, then
+# parse, check, run, feed the result back, and let the model say it. In Unsloth it would take the place of the parsing by
+# hand in the FunctionGemma notebook, which runs what the text names.
+#
+# **Before:** SmolLM2's own template ignores tools without a word. **After:** Qwen 2.5's, which TRL ships.
 
 # %%
+from helpers.tool_calling import Tools, converse, evaluate, generate, parse, tool_tokenizer, training_rows
+
+
+def circle_area(radius: float) -> float:
+    """Area of a circle.
+
+    Args:
+        radius: Radius in metres.
+    """
+    return round(3.14159265 * radius**2, 2)
+
+
+def book_table(name: str, guests: int, place: str = "inside") -> str:
+    """Book a table in the restaurant.
+
+    Args:
+        name: Who comes.
+        guests: How many come.
+        place: Where to sit. (choices: ["inside", "garden"])
+    """
+    if guests > 8:
+        raise RuntimeError("no table for more than 8")
+    return f"table for {guests}, {place}, {name}"
+
+
+tools = Tools([circle_area, book_table])
+base = checkpoints.load_base(MODEL)
+question = [{"role": "user", "content": "A table for two in the garden, please. My name is Ada."}]
+own, ours = base.tokenizer, tool_tokenizer(base.tokenizer)
+shown = {name: "book_table" in t.apply_chat_template(question, tools=tools.schemas, tokenize=False)
+         for name, t in (("SmolLM2's own template", own), ("Qwen 2.5's", ours))}
+print(*(f"{name}: tools {'shown' if seen else 'dropped silently'}" for name, seen in shown.items()), sep="\n")
+print(ours.apply_chat_template(question, tools=tools.schemas[1:], tokenize=False, add_generation_prompt=True))
+
+# %% [markdown]
+# **Whatever a model writes is answered.** A model is played here, so that it makes every mistake: broken JSON, a tool that
+# does not exist (one that Python has), a missing and a wrong argument, a tool that raises. Nothing runs unless it is
+# registered and its arguments fit the schema, and the conversation goes on.
+
+# %%
+mistakes = [
+    '<tool_call>{"name": "book_table", "arguments": {"name": "Ada", "guests": 2,</tool_call>',
+    '<tool_call>{"name": "os.system", "arguments": {"command": "rm -rf /"}}</tool_call>',
+    '<tool_call>{"name": "book_table", "arguments": {"name": "Ada", "guests": "two"}}</tool_call>',
+    '<tool_call>{"name": "book_table", "arguments": {"guests": 2, "place": "roof"}}</tool_call>',
+    '<tool_call>{"name": "book_table", "arguments": {"name": "Ada", "guests": 20}}</tool_call>',
+    'Two at once: <tool_call>{"name": "book_table", "arguments": {"name": "Ada", "guests": 2, "place": "garden"}}</tool_call>'
+    '<tool_call>{"name": "circle_area", "arguments": {"radius": 2}}</tool_call>',
+    "You have a table for two in the garden.",
+]
+script = iter(mistakes)
+conversation = converse(lambda *_: next(script), tools, question, most_turns=len(mistakes))
+for message in conversation:
+    print(f"{message['role']:9s} {message['content'][:100]}" + "".join(f" [{c['function']['name']}]" for c in message.get("tool_calls", ())))
+answers = [message["content"] for message in conversation if message["role"] == "tool"]
+results.criterion("D.7.safe", "five kinds of bad call answered with an error, two good ones run, none crashes",
+                  sum('"error"' in a for a in answers) == 5 and sum('"result"' in a for a in answers) == 2)
+
+# %% [markdown]
+# **The data:** BFCL's questions with their gold calls, several in one turn where the question asks for several, and
+# questions that no function answers. Training and test share no function. The coloured words are learned, nothing else.
+
+# %%
+import html
+
+from IPython.display import HTML
+
+train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
+rows = training_rows(train if GPU else train[:60], ours, max_length=1024 if GPU else 300)
+print(f"{len(rows)} conversations to learn from, {len(test)} questions to be tested on")
+
+
+def coloured(row):
+    words = [(ours.decode([token]), label != -100) for token, label in zip(row["input_ids"], row["labels"], strict=True)]
+    return "".join(f'<span style="background:#cde7ff">{html.escape(w)}</span>' if learned else html.escape(w) for w, learned in words)
+
+
+shortest = min((row for row in rows if "tool_response" in ours.decode(row["input_ids"])), key=lambda row: len(row["input_ids"]), default=rows[0])
+HTML(f'<pre style="white-space:pre-wrap;font-size:85%">{coloured(shortest)}</pre>')
+
+# %% [markdown]
+# **Train and score.** The score is BFCL's own checker's, on functions that were never seen; *irrelevance* is the share of
+# questions without a fitting function that are answered without a call. A model that cannot call at all scores 1 there, so
+# read it beside the others. On a CPU two questions and two steps show that it runs, no more.
+
+# %%
+import contextlib
+
+from trl import SFTConfig
+
+from helpers.compiling import compile_model
+from helpers.train import QLoRATrainer, nf4_decoder
+
+draw = random.Random(3407)
+asked = draw.sample(test, QUESTIONS or (300 if GPU else 2))
+options = {"new_tokens": 200 if GPU else 6, "batch_size": 100 if GPU else 2}
+model = checkpoints.attach_lora(base.model, rank=32)
+before, _ = evaluate(model, ours, asked, **options)
+
+steps = STEPS or (200 if GPU else 2)
+arguments = SFTConfig(
+    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=16 if GPU else 1,
+    learning_rate=5e-4, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
+    bf16=base.model.dtype == torch.bfloat16, fp16=base.model.dtype == torch.float16, gradient_checkpointing=False,
+    save_strategy="no", report_to="none", disable_tqdm=True, seed=3407,
+)
+with contextlib.ExitStack() as fast:
+    if GPU:
+        fast.enter_context(nf4_decoder(model, "triton"))
+        fast.enter_context(compile_model(model))
+    import datasets
+
+    trainer = QLoRATrainer(model, loss="full", args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=ours)
+    trainer.train()
+after, texts = evaluate(model, ours, asked, **options)
+losses = [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
+print(f"loss {losses[0]['loss']:.3f} at step 1, {losses[-1]['loss']:.3f} at step {steps}\n")
+for name in sorted(after, key=lambda name: (name == "all", name)):
+    print(f"{name:22s} {before[name]['accuracy']:6.1%} -> {after[name]['accuracy']:6.1%}  of {after[name]['of']}")
+
+# %%
+calling = [question.category in bfcl.CALLING for question in asked]
+
+
+def share(scores, categories):
+    of = sum(scores[c]["of"] for c in categories if c in scores)
+    return sum(scores[c]["right"] for c in categories if c in scores) / of if of else float("nan")
+
+
+scores = {kind: (share(before, group), share(after, group)) for kind, group in (("calls", bfcl.CALLING), ("irrelevance", bfcl.IRRELEVANT))}
+malformed = sum(bool(parse(text).faults) for text in texts) / len(texts)
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2, 1))
+left.plot([row["step"] for row in losses], [row["loss"] for row in losses], color="tab:blue")
+left.set(xlabel="step", ylabel="loss of the assistant's words", title=f"QLoRA on BFCL, {base.label}\n{host.machine()}")
+for i, (old, new) in enumerate(scores.values()):
+    right.bar(i - 0.2, old, 0.4, color="lightgrey", label="before" if not i else None)
+    right.bar(i + 0.2, new, 0.4, color="tab:blue", label="after" if not i else None)
+right.set(xticks=(0, 1), xticklabels=list(scores), ylim=(0, 1), title=f"{len(asked)} questions,\nunseen functions")
+right.legend()
+fig.tight_layout()
+save_figure(fig, "D_tool_calling", losses)
+
+# %%
+for kind, (old, new) in scores.items():
+    results.metric(f"BFCL {kind} before training", old, "")
+    results.metric(f"BFCL {kind} after training", new, "")
+results.metric("replies with a malformed call after training", malformed, "")
+if GPU:
+    old, new = scores["calls"]
+    results.criterion("D.7.scores", f"BFCL calls right on unseen functions after training ({old:.1%} before)", new - old, "> 0.2")
+    results.criterion("D.7.irrelevance", "BFCL irrelevance after training", scores["irrelevance"][1], ">= 0.5")
+else:
+    results.not_run("D.7.scores", "BFCL calls right on unseen functions, after against before", "training to that point needs a GPU")
+    results.not_run("D.7.irrelevance", "BFCL irrelevance after training", "training to that point needs a GPU")
+
+# %% [markdown]
+# **The whole loop with the trained model:** it calls our own two functions, which BFCL does not have, gets the results and
+# reports them.
+
+# %%
+def say(messages, schemas):
+    return generate(model, ours, [(messages, schemas)], new_tokens=100 if GPU else 4)[0]
+
+
+for request in (question[0]["content"], "What is the area of a circle with a radius of 3 metres?")[: 2 if GPU else 1]:
+    for message in converse(say, tools, [{"role": "user", "content": request}], most_turns=3 if GPU else 1):
+        calls = "".join(f" {c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", ()))
+        print(f"{message['role']:9s} {message['content'][:150]}{calls}")
+    print()
 
 # %% [markdown]
 # ## 8. Vision: train on completions only (1 point)
@@ -118,8 +641,34 @@ QUESTIONS = 0
 
 # %% [markdown]
 # ## 9. Windows (2 points)
+# `pip install unsloth` resolves on Windows, and then does not work: PyPI's torch for Windows is a CPU build, while xFormers
+# imports `torch_cuda.dll` and CUDA 12's runtime. What `pyproject.toml` says here: `triton-windows` in place of `triton`, and
+# the index of torch's CUDA 12 build. `python3 -m helpers doctor` names each missing piece on the machine itself.
+#
+# The check needs no Windows: it resolves the pinned set, with `unsloth` and `xformers` beside it, for win_amd64 from wheels
+# alone, unpacks them, and follows every import of every DLL, down to the function, to a wheel of the set, to Python, to
+# Windows or to a named prerequisite. With one wheel taken out it must fail. Nothing here was run on Windows itself.
 
 # %%
+def windows_check(*arguments):
+    done = subprocess.run([sys.executable, "-m", "helpers.windows", *arguments], capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+code, said = windows_check("--python", "3.12")
+print("\n".join(line[:180] for line in said.splitlines()[:12]))
+if "no set of wheels" in said or "could not fetch" in said:
+    reason = "this machine does not reach the package registry; CI runs it for Python 3.11, 3.12 and 3.13"
+    results.not_run("D.9.resolved", "the pinned set for Windows, every wheel there, every DLL import met", reason)
+    results.not_run("D.9.fails", "the same with one wheel taken out is refused", reason)
+else:
+    results.criterion("D.9.resolved", "the pinned set for Windows, every wheel there, every DLL import met", code == 0)
+    for name in ("triton-windows", "torch"):
+        print(f"\nwithout {name}:")
+        code, said = windows_check("--python", "3.12", "--without", name)
+        print("\n".join(line[:180] for line in said.splitlines()[1:4]))
+        results.criterion(f"D.9.without_{name}", f"the same without {name} is refused", code == 1)
+results.not_run("D.9.windows", "Triton, xFormers and bitsandbytes at work on Windows", "needs a Windows machine with a GPU")
 
 # %% [markdown]
 # ## Summary
