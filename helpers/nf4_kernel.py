@@ -29,8 +29,14 @@ FP4_TABLE = _FP4_MAGNITUDES + tuple(-x for x in _FP4_MAGNITUDES)  # code 8 is -0
 _NF4 = tl.constexpr(NF4_TABLE)
 _FP4 = tl.constexpr(_FP4_MAGNITUDES)
 
+
+def _ptx(text: str) -> tl.constexpr:
+    """One line: Inductor writes a kernel's constants into a source of its own, where a line break ends the string."""
+    return tl.constexpr(" ".join(text.split()))
+
+
 # Four 16-bit products -> their low bytes and their high bytes, one register each.
-_SPLIT_16 = tl.constexpr("""{
+_SPLIT_16 = _ptx("""{
     .reg .b32 ab, cd;
     mov.b32 ab, {$2, $3};
     mov.b32 cd, {$4, $5};
@@ -38,7 +44,7 @@ _SPLIT_16 = tl.constexpr("""{
     prmt.b32 $1, ab, cd, 0x7531;
 }""")
 # The same for products that sit in the upper half of 32-bit words.
-_SPLIT_32 = tl.constexpr("""{
+_SPLIT_32 = _ptx("""{
     .reg .b32 ab, cd;
     prmt.b32 ab, $2, $3, 0x7632;
     prmt.b32 cd, $4, $5, 0x7632;
@@ -48,7 +54,7 @@ _SPLIT_32 = tl.constexpr("""{
 # Eight nibbles ($4) -> eight 16-bit outputs ($0..$3), from low-byte planes $5..$8 and high-byte planes $9..$12.
 # A prmt selector has 3 bits a nibble, so codes 0-7 and 8-15 are looked up apart and blended by bit 3 of the code, which
 # prmt's sign-replicating mode spreads over a byte. Memory order is high nibble first: element 0 is bits 4-7.
-_LOOKUP = tl.constexpr("""{
+_LOOKUP = _ptx("""{
     .reg .b32 select, shifted, mask, low, low8, high, high8;
     and.b32 select, $4, 0x77777777;
     shl.b32 shifted, $4, 4;
