@@ -135,8 +135,8 @@ def measure(case: Case, contender: str, folder: Path, limit_s: int) -> dict[str,
     environment = os.environ | {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"}  # the padding is part of the case
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {limit_s} s"}
+    except subprocess.TimeoutExpired as late:
+        return {"error": f"not done after {limit_s} s", "log": (late.stderr or b"").decode(errors="replace")[-3000:]}
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "log": done.stderr[-3000:]}
