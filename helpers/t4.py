@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -199,7 +200,7 @@ def _memory_of_a_t4(cards: list) -> Iterator[None]:
 
 
 def _forget_the_card() -> None:
-    """Drop whatever Dynamo, Inductor and Triton compiled for the card or remember of it, and the compile workers."""
+    """Drop whatever Dynamo, Inductor, Triton and we compiled for the card or remember of it, and the compile workers."""
     from torch._dynamo import device_interface
     from torch._inductor import async_compile, utils
     from torch._inductor.runtime.hints import DeviceProperties
@@ -209,9 +210,12 @@ def _forget_the_card() -> None:
     utils.clear_caches()
     async_compile.shutdown_compile_workers()  # they keep the environment that they started with
     device_interface.caching_worker_device_properties.pop("cuda", None)
-    for function in (DeviceProperties.create, *vars(utils).values()):
+    ours = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
+    for function in (DeviceProperties.create, *(value for module in (utils, *ours) for value in vars(module).values())):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+    for module in ours:
+        getattr(module, "_LAUNCHES", {}).clear()  # compiled kernels that helpers/nf4.py launches past Triton
     for thing in gc.get_objects():
         if type(thing) is JITFunction:
             thing.device_caches.clear()
