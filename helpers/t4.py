@@ -200,7 +200,7 @@ def _memory_of_a_t4(cards: list) -> Iterator[None]:
 
 
 def _forget_the_card() -> None:
-    """Drop whatever Dynamo, Inductor, Triton and we compiled for the card or remember of it, and the compile workers."""
+    """Drop what Dynamo, Inductor, Triton and we compiled for the card or remember of it, and the compile workers."""
     from torch._dynamo import device_interface
     from torch._inductor import async_compile, utils
     from torch._inductor.runtime.hints import DeviceProperties

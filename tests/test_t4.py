@@ -42,10 +42,9 @@ def test_the_wrapper_assembles_a_t4s_ptx_for_another_card_and_notes_its_target(t
 
     wrapper = t4.write_ptxas_wrapper(tmp_path, knobs.nvidia.ptxas.path, "sm_90")
     (tmp_path / "kernel.py").write_text(AHEAD_OF_TIME)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "kernel.py"), str(tmp_path / "cubin")], capture_output=True, text=True,
-        env=os.environ | {"TRITON_PTXAS_PATH": str(wrapper), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
+    env = {"TRITON_PTXAS_PATH": str(wrapper), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(tmp_path / "kernel.py"), str(tmp_path / "cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "targets").read_text() == ".target sm_75\n"
     flags = struct.unpack_from("<I", (tmp_path / "cubin").read_bytes(), 48)[0]  # e_flags of the ELF header
