@@ -29,11 +29,10 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from . import attention_transformers, checkpoints, fsdp2, host
+from . import attention_transformers, checkpoints, fsdp2, host, t4
 from .instruction_data import load_instructions
 from .memory import MemoryTimeline, peak_gib
 from .nf4_tensor import NF4Linear
-from .t4 import rehearsal_if_asked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
@@ -454,8 +453,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(TrainArguments, prog="python3 -m helpers.train", description=__doc__.split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses(argv)
     try:
-        with rehearsal_if_asked(args.rehearse_t4):
+        with t4.rehearsal_if_asked(args.rehearse_t4):
             result = train(args)
+            if host.rehearsing_t4():
+                print(t4.proof())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
