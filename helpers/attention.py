@@ -74,6 +74,7 @@ RULES: dict[str, tuple[tuple[str, Callable[[Case], bool]], ...]] = {
         ("FlexAttention has no backward pass on the CPU (pytorch#148752)", lambda c: c.device == "cpu" and c.gradient),
         ("FlexAttention's kernels take float16, bfloat16 and float32",
          lambda c: c.dtype not in (*HALF, torch.float32)),
+        ("FlexAttention's kernels take head sizes from 16 on", lambda c: c.device == "cuda" and c.head_dim < 16),
         ("bfloat16 needs compute capability 8.0", lambda c: 0 < _sm(c) < 80 and c.dtype == torch.bfloat16),
         ("FlexAttention's forward keeps head_dim * itemsize * 256 bytes in shared memory, and below compute "
          "capability 8.0 there are 64 KiB",

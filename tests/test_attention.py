@@ -144,6 +144,7 @@ H100 = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "head_d
         ("flex", T4 | {"head_dim": 256}, "64 KiB"),
         ("flex", T4 | {"dtype": torch.bfloat16}, "bfloat16"),
         ("flex", H100 | {"dropout": True}, "dropout"),
+        ("flex", H100 | {"head_dim": 8}, "16 on"),
         ("flex", CPU | {"gradient": True}, "CPU"),
         ("flash", T4, "8.0"),
         ("flash", H100 | {"dtype": torch.float32}, "float16"),
@@ -192,7 +193,7 @@ def test_unknown_backend_and_heads_that_do_not_divide():
 
 
 COMMON = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
     "num_key_value_heads": 2, "vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -211,8 +212,8 @@ def tiny(family: str):
         "llama": lambda: LlamaConfig(**COMMON),
         "qwen2": lambda: Qwen2Config(**COMMON),
         "mistral": lambda: MistralConfig(**COMMON, sliding_window=6),
-        "gemma2": lambda: Gemma2Config(**COMMON, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
-        "gemma3": lambda: Gemma3TextConfig(**COMMON, sliding_window=6, query_pre_attn_scalar=8),
+        "gemma2": lambda: Gemma2Config(**COMMON, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+        "gemma3": lambda: Gemma3TextConfig(**COMMON, sliding_window=6, query_pre_attn_scalar=16),
     }[family]()
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -349,7 +350,6 @@ def test_gpu_flex_trains_at_fifty_lengths_with_two_graphs():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gpu_models_train_with_every_name(family, name):
     model = tiny(family).cuda().half()
-    model.config.head_dim = 8
     batch = {"input_ids": torch.randint(3, 61, (2, 20), device="cuda")}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][1, 13:] = 0
