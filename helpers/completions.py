@@ -57,11 +57,14 @@ def encode_conversation(
     chat_template: str | None = None,
     tools: list | None = None,
     last_only: bool = False,
-    add_special_tokens: bool = False,
+    generation_prompt: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a rendered conversation, and for each whether the assistant said it.
 
     The end-of-turn token counts as said; white space at a turn's end does not.
+
+    Args:
+        generation_prompt: end with the template's call for an answer.
 
     Raises: ValueError where the tokenizer gives no offsets or the template's turns cannot be told apart.
     """
@@ -76,8 +79,8 @@ def encode_conversation(
         )
 
     messages = fit_content(without_nones(messages), render)
-    text = render(messages)
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    text = render(messages, generation_prompt)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     said = [False] * len(ids)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

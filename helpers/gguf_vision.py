@@ -172,6 +172,11 @@ def _reader(lora: Any, value: torch.Tensor, weight: bool = False) -> Callable[[]
     def read() -> torch.Tensor:
         whole = value.detach()
         if (state := getattr(value, "quant_state", None)) is not None:
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "bitsandbytes has rounded these 4-bit weights for this CPU's AVX512 when the model answered; save "
+                    "the adapter, load the model again, and export before it answers"
+                )
             import bitsandbytes.functional as bnb
 
             whole = bnb.dequantize_4bit(value.data, state)

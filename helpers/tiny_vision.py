@@ -59,11 +59,18 @@ MLLAMA_TEMPLATE = """
     {{- '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+# SmolLM2 sees no images: one of its special tokens that no conversation uses stands for them.
 SMOLLM2_TEMPLATE = """
 {%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}
 {%- endif %}
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.content is string %}{{ message.content }}{% else %}
+        {%- for part in message.content %}{{ '<file_sep>' if part.type == 'image' else part.text }}{% endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 OWN_TEMPLATES = {"pixtral": PIXTRAL_TEMPLATE, "mllama": MLLAMA_TEMPLATE, "smollm2": SMOLLM2_TEMPLATE}
 TRL_TEMPLATES = {
@@ -102,11 +109,12 @@ def tokenizer(template: str = "qwen2_vl"):
     )  # fmt: skip
 
 
-def processor(family: str, words: Any = None) -> VisionProcessor:
+def processor(family: str, words: Any = None, image_token: str | None = None) -> VisionProcessor:
     """A processor of this family in PIL alone.
 
     Args:
-        words: a tokenizer to use instead of :func:`tokenizer`'s; it must know the family's image token.
+        words: a tokenizer to use instead of :func:`tokenizer`'s.
+        image_token: one that it knows, instead of the family's.
     """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -128,9 +136,8 @@ def processor(family: str, words: Any = None) -> VisionProcessor:
         "llava": {"patch_size": 14, "num_additional_image_tokens": 1},
         "llava_siglip": {"patch_size": 14, "vision_feature_select_strategy": "full"},
     }.get(family, {})
-    return VisionProcessor(
-        images(**settings), words or tokenizer(family), image_token=IMAGE_TOKEN.get(family, "<|image_pad|>"), **extra
-    )
+    token = image_token or IMAGE_TOKEN.get(family, "<|image_pad|>")
+    return VisionProcessor(images(**settings), words or tokenizer(family), image_token=token, **extra)
 
 
 def model(

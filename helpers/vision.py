@@ -128,12 +128,21 @@ class VisionCollator:
         )
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        encoded = [self._encode(row, f"row {i} of the batch") for i, row in enumerate(rows)]
+        return self._join([self._encode(row, f"row {i} of the batch") for i, row in enumerate(rows)], self.padding_side)
+
+    def prompts(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """What ``generate`` takes: each conversation and the template's call for an answer, padded left, no labels."""
+        encoded = [self._encode(row, f"row {i} of the batch", prompt=True) for i, row in enumerate(rows)]
+        batch = self._join(encoded, "left")
+        del batch["labels"]
+        return batch
+
+    def _join(self, encoded: list[Row], padding_side: str | None) -> dict[str, torch.Tensor]:
         length = max(len(row["ids"]) for row in encoded)
         tokenizer = self.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        left = (self.padding_side or tokenizer.padding_side) == "left"
-        shape = len(rows), length
+        left = (padding_side or tokenizer.padding_side) == "left"
+        shape = len(encoded), length
         batch = {
             "input_ids": torch.full(shape, pad),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
@@ -151,7 +160,7 @@ class VisionCollator:
             batch |= self.family.join(encoded, places, length)
         return batch
 
-    def _encode(self, row: Row, name: str) -> dict[str, Any]:
+    def _encode(self, row: Row, name: str, prompt: bool = False) -> Row:
         """Token ids and labels of one row, its placeholders grown, and its images as tensors."""
         messages, images = _with_images(row, name)
         tokenizer = self.processor.tokenizer
@@ -161,8 +170,9 @@ class VisionCollator:
             chat_template=getattr(self.processor, "chat_template", None),
             tools=row.get("tools"),
             last_only=self.responses == "last",
+            generation_prompt=prompt,
         )
-        if self.responses is None:
+        if self.responses is None or prompt:
             said = [True] * len(ids)
         token = self.family.image_token_id
         if ids.count(token) != len(images):

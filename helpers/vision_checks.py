@@ -1,0 +1,133 @@
+"""What the vision notebooks and tests judge by: rows beside themselves alone, and labels made visible."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .completions import IGNORE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .vision import Row, VisionCollator
+
+
+def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits [rows, tokens, vocabulary] of a batch, its labels left aside."""
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) for key, value in batch.items() if key != "labels"}).logits
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of each row."""
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:].to(logits.device), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.sum(1)
+
+
+def gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor], keep: bool = False) -> torch.Tensor:
+    """Every parameter's gradient in one vector, zero where ``loss`` does not reach."""
+    found = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
+
+
+def row_isolation(
+    model: torch.nn.Module, collate: VisionCollator, rows: Sequence[Row], orders: Iterable[Sequence[int]] | None = None
+) -> tuple[float, float]:
+    """How far a row in a mixed batch is from the same row alone.
+
+    Args:
+        orders: of the rows, all of them by default; padding is right and left in turn.
+
+    Returns: the largest difference of any logit, and of any parameter's gradient relative to the largest gradient
+        (or absolute, where that is below 1). In the first order each row's own gradient is compared, else the batch's.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    alone, alone_gradients = [], []
+    for row in rows:
+        batch = collate([row])
+        logits = forward(model, batch)
+        alone.append(logits[0].detach())
+        alone_gradients.append(gradients(row_losses(logits, batch["labels"]).sum(), parameters))
+
+    def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+        return ((found - expected).abs().max() / max(1, expected.abs().max())).item()
+
+    worst_logit = worst_gradient = 0.0
+    side = collate.padding_side
+    for number, order in enumerate(orders or itertools.permutations(range(len(rows)))):
+        collate.padding_side = ("right", "left")[number % 2]
+        batch = collate([rows[i] for i in order])
+        logits = forward(model, batch)
+        for place, i in enumerate(order):
+            seen = batch["attention_mask"][place].bool()
+            worst_logit = max(worst_logit, (logits[place, seen] - alone[i]).abs().max().item())
+        losses = row_losses(logits, batch["labels"])
+        if number == 0:
+            for place, i in enumerate(order):
+                own = gradients(losses[place], parameters, keep=True)
+                worst_gradient = max(worst_gradient, difference(own, alone_gradients[i]))
+        whole = gradients(losses.sum(), parameters)
+        worst_gradient = max(worst_gradient, difference(whole, sum(alone_gradients[i] for i in order)))
+    collate.padding_side = side
+    return worst_logit, worst_gradient
+
+
+def search_markers(ids: Sequence[int], start: Sequence[int], end: Sequence[int]) -> list[int]:
+    """The labels of today's ``train_on_responses_only``: everything between two markers that are searched for.
+
+    Args:
+        ids: a row's tokens.
+        start: the tokens that open an assistant's turn.
+        end: the tokens that open a user's.
+    """
+    labels, learning, i = [], False, 0
+    while i < len(ids):
+        for marker, then in ((start, True), (end, False)):
+            if list(ids[i : i + len(marker)]) == list(marker):
+                labels += [IGNORE] * len(marker)
+                i, learning = i + len(marker), then
+                break
+        else:
+            labels.append(ids[i] if learning else IGNORE)
+            i += 1
+    return labels
+
+
+def draw_labels(
+    axes: Axes, processor: Any, ids: Sequence[int], labels: Sequence[int], title: str, width: int = 92
+) -> None:
+    """Write a row's text into ``axes``: learned tokens on green, masked ones grey, runs of image tokens on blue."""
+    pieces: list[tuple[str, str]] = []
+    for image, group in itertools.groupby(
+        zip(ids, labels, strict=True), lambda pair: pair[0] == processor.image_token_id
+    ):
+        group = list(group)
+        if image:
+            pieces.append((f"[{len(group)} image tokens]", "image"))
+            continue
+        for learned, run in itertools.groupby(group, lambda pair: pair[1] != IGNORE):
+            text = processor.tokenizer.decode([token for token, _ in run]).replace("\n", "↵")
+            pieces.append((text, "learned" if learned else "masked"))
+    looks = {"learned": ("black", "#b7e4b0"), "masked": ("#8a8a8a", "#ffffff"), "image": ("#1f4e99", "#d5e3f7")}
+    line = column = 0
+    for text, look in pieces:
+        while text:
+            part, text = text[: width - column], text[width - column :]
+            color, ground = looks[look]
+            axes.text(
+                column, -line, part.replace("$", r"\$"), family="monospace", fontsize=7, color=color, va="top",
+                bbox={"facecolor": ground, "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
+            column += len(part)
+            if column >= width:
+                line, column = line + 1, 0
+    axes.set(xlim=(0, width), ylim=(-line - 1.2, 0.3), title=title)
+    axes.title.set_fontsize(9)
+    axes.axis("off")
