@@ -129,7 +129,7 @@ def missing_in_venv(development: bool = False) -> list[str] | None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return None
-    return done.stdout.splitlines() if done.returncode == 0 else None
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else None
 
 
 def _make_venv(folder: Path, unfinished: Path) -> None:
@@ -188,4 +188,5 @@ if __name__ == "__main__":
         except SetupError as error:
             sys.exit(f"error: {error}")
     else:
-        print("\n".join(missing("--development" in sys.argv)))
+        for line in missing("--development" in sys.argv):
+            print(line)

@@ -95,11 +95,14 @@ def test_a_failed_install_is_one_line_and_a_half_made_venv_is_made_anew(monkeypa
         with pytest.raises(SetupError, match="could not install the requirements: .*") as failure:
             environment.ready_python()
         assert "\n" not in str(failure.value) and len(made) == times
-    monkeypatch.setattr(environment, "_install", lambda python, lines: None)
+    installs: list[list[str]] = []
+    monkeypatch.setattr(environment, "_install", lambda python, lines: installs.append(lines))
     python = environment.ready_python()
     assert python.startswith(str(bare / ".venv")) and len(made) == 3 and not (bare / ".venv" / "unfinished").exists()
-    environment.ready_python()
-    assert len(made) == 3  # whole: its packages are checked, and it is kept
+    monkeypatch.setattr(environment, "missing", lambda development: ["something"])  # of the Python that runs this
+    (bare / "requirements.txt").write_text("")
+    assert environment.ready_python() == python
+    assert len(made) == 3 and installs == [["no-such-package-anywhere==1.0"]]  # whole: kept as it is
 
 
 def test_nothing_is_made_or_installed_where_the_pins_are_satisfied(monkeypatch, bare):
