@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .linear_loss import IGNORED, linear_forward
+from .loss_functions import causal_lm_loss, cross_entropy
 
 
 @contextlib.contextmanager
@@ -76,6 +78,40 @@ def chunked_head(
             base.forward = previous
 
 
+@contextlib.contextmanager
+def chunked_loss(model: nn.Module, **options: Any) -> Iterator[None]:
+    """Within, ``model(..., labels=labels)`` returns transformers' own loss by `linear_forward`, and no logits.
+
+    Args:
+        model: a causal language model of transformers, plain or within PEFT.
+        options: of `linear_forward`.
+
+    Raises: ValueError where the model makes its logits in a way that is not known here.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    function = _summed(*_logits_of(base.config.get_text_config()))
+    previous, forward, active = vars(base).get("forward"), base.forward, True
+
+    @functools.wraps(forward)
+    def with_loss(*args, labels: Tensor | None = None, **kwargs):
+        if not active or labels is None or kwargs.get("fused_lm_head"):
+            return forward(*args, **({"labels": labels} if labels is not None else {}), **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = base.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state
+        head = base.get_output_embeddings()
+        return CausalLMOutput(loss=causal_lm_loss(hidden, head, labels, items, forward_function=function, **options))
+
+    base.forward = with_loss
+    try:
+        yield
+    finally:
+        active = False  # a trainer may have wrapped it since: then it passes on
+        if vars(base).get("forward") is with_loss:
+            del base.forward
+            if previous is not None:
+                base.forward = previous
+
+
 def _logits_of(config: Any) -> tuple[float, float | None]:
     """The scale and the soft cap that a model of this config puts on its head's output."""
     if getattr(config, "logits_scaling", None) and config.model_type == "hyperclovax":
@@ -84,6 +120,21 @@ def _logits_of(config: Any) -> tuple[float, float | None]:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None) or scale
     return scale, getattr(config, "final_logit_softcapping", None)
+
+
+@functools.lru_cache
+def _summed(scale: float, cap: float | None) -> Callable:
+    """f for `linear_forward`: cross entropy of scaled and capped logits, summed; plain where there is neither."""
+    if scale == 1.0 and cap is None:
+        return cross_entropy
+
+    def summed(x: Tensor, linear: Callable, labels: Tensor) -> Tensor:
+        logits = linear(x).float() * scale
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    return summed
 
 
 @functools.lru_cache

@@ -33,7 +33,13 @@ class ChunkedGRPOTrainer(GRPOTrainer):
     ):
         if head not in HEADS:
             raise ValueError(f"head {head!r} is not one of {', '.join(HEADS)}")
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, torch.nn.Module) else []
+        values = [p.detach().clone() for p in trained]
         super().__init__(*args, **kwargs)
+        # TRL rounds adapters of a quantised model to bfloat16 (peft#2889); GradScaler has no bfloat16 unscale.
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.data = value.to(parameter.device)
         self.head, self.head_options = head, head_options or {}
         self.recorded: list[tuple] = []
         self._replayed = iter(recorded) if recorded is not None else None

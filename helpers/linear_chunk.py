@@ -102,7 +102,7 @@ class Chunks:
                 return Graph(self._call(self.linear, inputs), inputs)
             y = self.linear(inputs[0])
             logits = y.detach().requires_grad_()
-            return Graph(self._call(lambda _: logits, inputs), inputs, y, logits)
+            return Graph(self._call(lambda _: logits, inputs, logits), inputs, y, logits)
 
     def gradients(self, graph: Graph, cotangents: Sequence[Tensor | None], retain: bool = False) -> list[Tensor | None]:
         """Gradients to x and rows, None where not asked for; those of the leaves are added to ``sums``."""
@@ -155,12 +155,12 @@ class Chunks:
         else:
             self.sums[i].add_(gradient)
 
-    def _call(self, linear: Callable, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def _call(self, linear: Callable, inputs: Sequence[Tensor | None], *more: Tensor) -> tuple[Tensor, ...]:
         x, *rows = inputs
         function = self.function
         if self._compiled is not None and len(x) > 1:  # torch.compile takes a size of 1 for a constant: another graph
             function = self._compiled
-            for tensor in inputs:
+            for tensor in (*inputs, *more):
                 for dim in range(1, tensor.ndim if tensor is not None else 0):
                     torch._dynamo.mark_static(tensor, dim)
         outputs = function(x, linear, *rows)

@@ -84,16 +84,15 @@ def linear_forward(
     plan.compile = compile is True or (compile == "auto" and x.is_cuda and work >= COMPILE_LOGITS)
     plan.auto = chunk_size == "auto"
     plan.rows = wanted = plan.auto_rows(x.device) if plan.auto else int(chunk_size)
+    if reduction == "mean":
+        denominator = max(count, 1) * (first.shape.numel() if first.per_row else 1)
+    plan.denominator = denominator.to(x.device) if isinstance(denominator, Tensor) else denominator
     if graph:
         outputs = list(MemoryEfficientLinear.apply(plan, flat, len(rows), *rows, *tensors))
     else:
         outputs = _without_graph(plan, (flat, *rows))
     if plan.rows < wanted:
         plan.form.rows = plan.rows
-    if reduction == "mean":
-        denominator = max(count, 1) * (first.shape.numel() if first.per_row else 1)
-    if denominator is not None:
-        outputs[0] = outputs[0] / denominator
     outputs = [o.reshape(*x.shape[:-1], *o.shape[1:]) if o.ndim else o for o in outputs]
     return outputs[0] if plan.form.single else tuple(outputs)
 
@@ -114,7 +113,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
         ctx.scale = FP16_SCALE if half and upcast else 1.0
         if plan.total:
             ctx.kind, ctx.dtypes = "sum", [None if t is None else t.dtype for t in (*inputs, *parameters)]
-            outputs, saved = _sum(plan, inputs, parameters, ctx.needs, ctx.scale)
+            cotangent, ctx.scale = _cotangent(plan.denominator, ctx.scale)
+            outputs, saved = _sum(plan, inputs, parameters, ctx.needs, cotangent)
             fixed = outputs[1:]
         else:
             if ctx.needs[0] and not any(ctx.needs[1:]) and not parameters and plan.columns <= MAX_JACOBIANS:
@@ -149,23 +149,42 @@ class MemoryEfficientLinear(torch.autograd.Function):
         return None, gradients[0], None, *gradients[1:]
 
 
+def _cotangent(denominator: float | Tensor | None, scale: float) -> tuple[float | Tensor, float | Tensor]:
+    """What a sum's gradient starts from, ``scale / denominator``; and what the result must be divided by for that.
+
+    Where the upstream gradient is one, the saved gradient is then handed on as it is. In float16 the denominator would
+    undo the scale: its power of two goes into the scale too.
+    """
+    if denominator is None:
+        return scale, scale
+    if scale != 1:
+        power = torch.as_tensor(denominator, dtype=torch.float32).abs().log2().round()
+        scale = torch.ldexp(torch.full_like(power, scale), power.int())
+    return scale / denominator, scale
+
+
 def _sum(
-    plan: Plan, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor], needs: Sequence[bool], scale: float
+    plan: Plan,
+    inputs: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    cotangent: float | Tensor,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The first output's sum and the metrics; and the sum's gradients times ``scale`` to inputs and parameters."""
+    """The first output's sum and the metrics; and the sum's gradients from ``cotangent`` to inputs and parameters."""
     outputs = Outputs(plan, inputs[0])
     gradients = [plan.buffer(t) if need else None for t, need in zip(inputs, needs, strict=True)]
     with plan.chunks(parameters, cut=True) as chunks:
 
         def work(start: int, stop: int) -> None:
             graph = chunks.graph(plan.take(inputs, start, stop), needs)
-            cotangent = torch.full_like(graph.outputs[0], scale * (stop - start if plan.weigh else 1))
-            found = chunks.gradients(graph, [cotangent, *[None] * (len(graph.outputs) - 1)])
+            ones = torch.ones_like(graph.outputs[0])
+            start_from = (ones * cotangent * (stop - start if plan.weigh else 1)).to(ones.dtype)
+            found = chunks.gradients(graph, [start_from, *[None] * (len(graph.outputs) - 1)])
             plan.put(gradients, found, start, stop)
             outputs.add(graph.outputs, start, stop)
 
         plan.each_chunk(work)
-        return outputs.values, [*gradients, *chunks.sums]
+        return outputs.finished(), [*gradients, *chunks.sums]
 
 
 def _with_jacobians(
@@ -188,7 +207,7 @@ def _with_jacobians(
             outputs.add(graph.outputs, start, stop)
 
         plan.each_chunk(work)
-    return outputs.values, jacobians
+    return outputs.finished(), jacobians
 
 
 def _times_jacobians(plan: Plan, jacobians: Sequence[Tensor], upstream: Sequence[Tensor], scale: float) -> Tensor:
@@ -223,7 +242,7 @@ def _without_graph(plan: Plan, inputs: Sequence[Tensor | None]) -> list[Tensor]:
     outputs = Outputs(plan, inputs[0])
     with plan.chunks() as chunks:
         plan.each_chunk(lambda start, stop: outputs.add(chunks.outputs(plan.take(inputs, start, stop)), start, stop))
-    return outputs.values
+    return outputs.finished()
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:

@@ -62,6 +62,7 @@ class Plan:
     kept: Tensor | None  # their indices; None: all rows
     form: Form = field(default_factory=Form)
     total: bool = False  # the first output is added up to one scalar
+    denominator: float | Tensor | None = None  # of that
     weigh: bool = False  # f's scalars are means over their rows
     compile: bool = False
     rows: int = PROBED_ROWS  # of a chunk
@@ -136,7 +137,7 @@ class Plan:
 
 
 class Outputs:
-    """Collects f's outputs over chunks: in ``values``, scalars are added up and rows put in their places."""
+    """Collects f's outputs over chunks: scalars are added up and rows put in their places."""
 
     def __init__(self, plan: Plan, x: Tensor):
         self.plan = plan
@@ -154,6 +155,11 @@ class Outputs:
             else:
                 value += output.detach().sum(dtype=value.dtype) * weight
                 weight = 1  # the others are metrics, sums as they are
+
+    def finished(self) -> list[Tensor]:
+        if self.plan.denominator is not None:
+            self.values[0] = self.values[0] / self.plan.denominator
+        return self.values
 
 
 def whole_parameters(linear: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Parameter, Tensor]], list[Tensor]]:

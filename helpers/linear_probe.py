@@ -29,6 +29,8 @@ def check_arguments(
         raise ValueError(f"reduction is {reduction!r}; it must be None, 'none', 'sum' or 'mean'")
     if denominator is not None and reduction in ("none", "mean"):
         raise ValueError(f"a denominator divides a sum, and reduction is {reduction!r}: leave one of them out")
+    if isinstance(denominator, Tensor) and (denominator.numel() != 1 or denominator.requires_grad):
+        raise ValueError("denominator must be a number, or a tensor of one without a gradient")
     if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
         raise ValueError("x must be a floating tensor of shape [..., hidden]")
     leading = x.shape[:-1]
