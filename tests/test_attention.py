@@ -212,7 +212,9 @@ def tiny(family: str):
         "llama": lambda: LlamaConfig(**COMMON),
         "qwen2": lambda: Qwen2Config(**COMMON),
         "mistral": lambda: MistralConfig(**COMMON, sliding_window=6),
-        "gemma2": lambda: Gemma2Config(**COMMON, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+        "gemma2": lambda: Gemma2Config(
+            **COMMON, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
+        ),
         "gemma3": lambda: Gemma3TextConfig(**COMMON, sliding_window=6, query_pre_attn_scalar=16),
     }[family]()
     torch.manual_seed(0)
@@ -361,3 +363,45 @@ def test_gpu_models_train_with_every_name(family, name):
         except ValueError as error:
             pytest.skip(str(error))
     torch.testing.assert_close(found[name], found["eager"], atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(REGISTERED))
+def test_gpu_smollm2_keeps_its_logits_and_ten_training_steps(name, smollm2):
+    model, ids, mask = smollm2
+    case = Case("cuda", torch.cuda.get_device_capability(), torch.float16, 64, gradient=True)
+    if REGISTERED[name] != "auto" and (reason := unsupported(REGISTERED[name], case)):
+        pytest.skip(reason)
+    labels = ids.masked_fill(~mask.bool(), -100)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    found = {}
+    for implementation in ("eager", name):
+        for parameter, value in zip(trained, start, strict=True):
+            parameter.data.copy_(value)
+        model.set_attn_implementation(implementation)
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        losses = []
+        for _ in range(10):
+            with torch.autocast("cuda", dtype=torch.float16):
+                out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+            losses.append(out.loss.item())
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad(), torch.autocast("cuda", dtype=torch.float16):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        found[implementation] = torch.tensor(losses), logits.float()
+    torch.testing.assert_close(found[name][0], found["eager"][0], rtol=5e-3, atol=5e-3)
+    assert (found[name][1] - found["eager"][1]).abs().mean() < 0.05 * found["eager"][1].std()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from helpers import checkpoints
+
+    base = checkpoints.load_base("embedded", torch.float16)
+    model = checkpoints.attach_lora(base.model, 8).train()
+    text = ["Attention is a weighted sum of values.", "The weights come from queries and keys, " * 8]
+    batch = base.tokenizer(text, return_tensors="pt", padding=True).to("cuda")
+    return model, batch["input_ids"], batch["attention_mask"]
