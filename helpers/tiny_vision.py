@@ -20,6 +20,12 @@ SPECIAL_TOKENS = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|image|>", "<|python_tag|>",
 )  # fmt: skip
 MERGES = ("t h", "th e", "i n", "a n", "e r", "o n", "Ġ t", "Ġ a")
+LORA_TARGETS = {
+    "qwen2_vl": ["q_proj", "o_proj", "down_proj", "qkv", "fc1", "merger.mlp.0"],
+    "qwen2_5_vl": ["q_proj", "o_proj", "down_proj", "qkv", "gate_proj", "merger.mlp.2"],
+    "llava": ["q_proj", "k_proj", "down_proj", "fc1", "linear_2"],
+    "llava_siglip": ["q_proj", "k_proj", "down_proj", "fc1", "linear_2"],
+}
 IMAGE_TOKEN = {"mllama": "<|image|>", "pixtral": "[IMG]", "llava": "<image>", "llava_siglip": "<image>"}
 
 # What Mistral's and Meta's own templates render for system, user and assistant turns, in fewer words.
@@ -227,3 +233,23 @@ def model(
             else:
                 parameter.data = 0.08 * torch.randn_like(parameter)
     return made
+
+
+def tuned(family: str, made: torch.nn.Module | None = None, **settings: Any) -> tuple[VisionProcessor, torch.nn.Module]:
+    """A processor, and a model with LoRA on text, tower and projector that changes what it says.
+
+    Args:
+        made: the model to adapt; by default :func:`model`'s, with ``settings``.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    words = processor(family)
+    made = get_peft_model(
+        made or model(family, words, **settings), LoraConfig(r=4, target_modules=LORA_TARGETS[family])
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn_like(parameter)
+    return words, made.eval()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .completions import IGNORE
@@ -77,6 +80,59 @@ def row_isolation(
         worst_gradient = max(worst_gradient, difference(whole, sum(alone_gradients[i] for i in order)))
     collate.padding_side = side
     return worst_logit, worst_gradient
+
+
+@torch.no_grad()
+def beside_llamacpp(
+    model: torch.nn.Module, processor: Any, files: tuple[Path, Path], row: Row, new_tokens: int = 8
+) -> dict[str, Any]:
+    """One conversation with images, read and answered by transformers and by llama.cpp.
+
+    Args:
+        files: what :func:`helpers.gguf_vision.export_gguf` wrote of ``model``.
+        row: its images must have sizes that neither side changes, since the two resize differently.
+
+    Returns: ``ids`` (text tokens equal), ``embeddings`` and ``logits`` (largest differences), ``top20`` (tokens equal),
+        ``answer`` (greedy tokens equal), ``ours`` and ``theirs`` (the answers), ``vectors`` (llama.cpp's embeddings).
+    """
+    from .llamacpp import MARKER, LlamaCpp
+    from .vision import VisionCollator
+
+    batch = {key: value.to(model.device) for key, value in VisionCollator(processor).prompts([row]).items()}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    projector = base.model.visual if hasattr(base.model, "visual") else base.model.multi_modal_projector
+    features: list[torch.Tensor] = []
+    hook = projector.register_forward_hook(
+        lambda module, args, out: features.append(out if torch.is_tensor(out) else out.pooler_output)
+    )
+    logits = model(**batch).logits[0, -1].float().numpy(force=True)
+    hook.remove()
+    end = processor.tokenizer.eos_token_id
+    out = model.generate(
+        **batch, do_sample=False, max_new_tokens=new_tokens, eos_token_id=end,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )  # fmt: skip
+    ids = batch["input_ids"][0].tolist()
+    # llama.cpp takes a marker for an image and puts the image's own tokens around it.
+    token = re.escape(processor.image_token)
+    around = rf"(?:<\|vision_start\|>)?(?:{token})+(?:<\|vision_end\|>)?"
+    prompt = re.sub(around, MARKER.decode(), processor.tokenizer.decode(ids))
+    engine = LlamaCpp(*files)
+    said_ids, vectors, said = engine.read(prompt, row["images"])
+    said = said[: len(logits)]
+    theirs = engine.answer(prompt, row["images"], new_tokens, end)
+    engine.close()
+    ours, seen = out[0, len(ids) :].tolist(), features[0].flatten(0, -2).float().numpy(force=True)
+    return {
+        "ids": said_ids == [i for i in ids if i != processor.image_token_id],
+        "embeddings": float(abs(np.concatenate(vectors) - seen).max()),
+        "logits": float(abs(said - logits).max()),
+        "top20": set(np.argsort(said)[-20:]) == set(np.argsort(logits)[-20:]),
+        "answer": ours == theirs,
+        "ours": ours,
+        "theirs": theirs,
+        "vectors": np.concatenate(vectors),
+    }
 
 
 def search_markers(ids: Sequence[int], start: Sequence[int], end: Sequence[int]) -> list[int]:
