@@ -33,6 +33,8 @@ def launch_options(
     blocksize2: int | None = 256,
     fp4: bool = False,
     words: bool = True,
+    asm: bool = True,
+    hints: bool = True,
 ) -> dict:
     """What `dequantize_kernel` takes after `n_elements`, in its order, and `num_warps`.
 
@@ -40,12 +42,16 @@ def launch_options(
         n: elements of the weight. dtype: of the output. capability: of the GPU.
         blocksize2: scales that share a second scale, or None without double quantization.
         words: the packed weight and the output are aligned to 4 bytes.
+        asm, hints: False leaves inline PTX, cache eviction hints out.
     """
     group = min(blocksize, 64)
+    asm = asm and words and n % group == 0 and dtype != torch.float32 and not INTERPRETED
     if INTERPRETED:  # a program costs milliseconds there, whatever its size
         groups, num_warps = min(triton.next_power_of_2(triton.cdiv(n, group)), 16384), 1
+    elif asm:
+        groups, num_warps = 32, 1  # a lane a block; one warp needs no barriers on its way through shared memory
     else:
-        groups, num_warps = 128, 4
+        groups, num_warps = (64 if capability >= (8, 0) else 128), 4
     return {
         "block_shift": (blocksize // group).bit_length() - 1,
         "GROUP": group,
@@ -55,8 +61,9 @@ def launch_options(
         "GROUPS": groups,
         "UNIT": 4 if words and n % 8 == 0 else 1,
         "EVEN": n % (groups * group) == 0,
-        "ASM": words and n % group == 0 and dtype != torch.float32 and not INTERPRETED,
+        "ASM": asm,
         "ROUND_BF16": dtype == torch.bfloat16 and capability < (8, 0),
+        "HINTS": hints,
         "num_warps": num_warps,
     }
 
@@ -150,9 +157,7 @@ class _Launch(NamedTuple):
     function: int
     metadata: Any
     constants: tuple
-    shape: tuple[int, ...]
     stride: tuple[int, ...]
-    dtype: torch.dtype
 
 
 # By everything that the compilation and the checks depend on. Pointers, the stream and the profilers' hooks are read at
@@ -190,9 +195,8 @@ def _launch_jit(
         return out, None
     del options["num_warps"]
     launch = _Launch(
-        compiled.run, grid, compiled.function, compiled.packed_metadata, (n, *options.values()),
-        tuple(out.shape), out.stride(), dtype,
-    )  # fmt: skip
+        compiled.run, grid, compiled.function, compiled.packed_metadata, (n, *options.values()), out.stride()
+    )
     return out, launch
 
 
@@ -213,7 +217,7 @@ def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | Non
         _check_out(out, shape, dtype, device)
     launch = _LAUNCHES.get(key)
     if launch is not None and weight.is_contiguous() and not _hooked():
-        result = empty_strided(launch.shape, launch.stride, dtype) if out is None else out
+        result = empty_strided(shape, launch.stride, dtype) if out is None else out
         source, target = weight.data_ptr(), result.data_ptr()
         if (source | target) % 16 == 0:
             launch.run(

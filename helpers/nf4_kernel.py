@@ -143,7 +143,10 @@ def dequantize_kernel(
     EVEN: tl.constexpr,  # the programs divide the weight: no masks
     ASM: tl.constexpr,
     ROUND_BF16: tl.constexpr,
+    HINTS: tl.constexpr,  # cache eviction hints: codes and scales are read once, the two small tables by every program
 ):
+    ONCE: tl.constexpr = "evict_first" if HINTS else ""
+    OFTEN: tl.constexpr = "evict_last" if HINTS else ""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * GROUPS
     packed_ptr += first * (GROUP // 2)
@@ -152,10 +155,22 @@ def dequantize_kernel(
     group = tl.arange(0, GROUPS)
     block = (first + group) >> block_shift
     inside = None if EVEN else group * GROUP < n_left
-    absmax = tl.load(absmax_ptr + block, mask=inside, eviction_policy="evict_first")
+    # The codes are asked for first: the scales are three loads deep, and a lane's two halves share cache sectors.
+    if ASM:
+        word = packed_ptr.to(tl.pointer_type(tl.int32)) + group[:, None] * (GROUP // 8) + tl.arange(0, 4)[None, :]
+        word_mask = None if EVEN else inside[:, None]
+        codes0 = tl.load(word, word_mask, eviction_policy=ONCE)
+        codes1 = tl.load(word + 4, word_mask, eviction_policy=ONCE) if GROUP == 64 else codes0
+    else:
+        UNITS: tl.constexpr = GROUP // (2 * UNIT)
+        unit = group[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
+        if UNIT == 4:
+            packed_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
+        units = tl.load(packed_ptr + unit, None if EVEN else unit * (2 * UNIT) < n_left, eviction_policy=ONCE)
+    absmax = tl.load(absmax_ptr + block, mask=inside, eviction_policy=ONCE)
     if NESTED:
-        code2 = tl.load(code2_ptr + absmax.to(tl.int32), mask=inside, eviction_policy="evict_last").to(tl.float32)
-        absmax2 = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=inside, eviction_policy="evict_last")
+        code2 = tl.load(code2_ptr + absmax.to(tl.int32), mask=inside, eviction_policy=OFTEN).to(tl.float32)
+        absmax2 = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=inside, eviction_policy=OFTEN)
         # fma(a, b, 0) is the rounded product, which the compiler may not contract with the sum that follows.
         scale = tl.fma(code2, absmax2.to(tl.float32), 0.0) + tl.load(offset_ptr).to(tl.float32)
     else:
@@ -170,11 +185,9 @@ def dequantize_kernel(
         low4, high4 = _planes(scale, FP4, 4, DTYPE, ROUND_BF16)
         low8, high8 = _planes(scale, FP4, 8, DTYPE, ROUND_BF16)
         low12, high12 = _planes(scale, FP4, 12, DTYPE, ROUND_BF16)
-        word_mask = None if EVEN else inside[:, None]
         # Four words, one 16-byte load, at a time: wider tiles make Triton spread a group over several lanes.
         for part in tl.static_range(GROUP // 32):
-            word = group[:, None] * (GROUP // 8) + part * 4 + tl.arange(0, 4)[None, :]
-            codes = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + word, word_mask, eviction_policy="evict_first")
+            codes = codes0 if part == 0 else codes1
             w0, w1, w2, w3 = tl.inline_asm_elementwise(
                 _LOOKUP,
                 "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
@@ -198,11 +211,6 @@ def dequantize_kernel(
             products = (_round_bf16(products) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         else:
             products = products.to(DTYPE)
-        UNITS: tl.constexpr = GROUP // (2 * UNIT)
-        unit = group[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
-        if UNIT == 4:
-            packed_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
-        units = tl.load(packed_ptr + unit, None if EVEN else unit * (2 * UNIT) < n_left, eviction_policy="evict_first")
         shifts = (tl.arange(0, 2 * UNIT) * 4) ^ 4
         codes = (units[:, :, None].to(tl.int32) >> shifts[None, None, :]) & 15
         weights = tl.gather(products, codes.reshape(GROUPS, GROUP), 1)

@@ -84,16 +84,15 @@ def summarize(compiled, elements: float) -> dict[str, float]:
     }
 
 
-def compile_decoder(capability: int, dtype: torch.dtype, *, asm: bool = True, n: int = 2**24, **choices):
+def compile_decoder(capability: int, dtype: torch.dtype, n: int = 2**24, **choices):
     """`dequantize_kernel` as `dequantize_nf4` would launch it for `n` elements: (compiled, outputs of a thread).
 
     Args:
-        asm: False leaves the inline PTX out. choices: blocksize, blocksize2, fp4, words of `launch_options`.
+        choices: blocksize, blocksize2, fp4, words, asm, hints of `launch_options`.
     """
     options = launch_options(n, dtype, divmod(capability, 10), **choices)
     num_warps = options.pop("num_warps")
     del options["block_shift"]
-    options["ASM"] = options["ASM"] and asm
     types = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if options["NESTED"] else "*fp32"}
     types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr"), "*fp32")
     types |= {"out_ptr": f"*{_DTYPES[dtype]}", "n_elements": "i32", "block_shift": "i32"}
@@ -103,7 +102,7 @@ def compile_decoder(capability: int, dtype: torch.dtype, *, asm: bool = True, n:
 
 def compile_plain(capability: int, dtype: torch.dtype):
     """The baseline of `helpers.bench_nf4`, a table load and a multiplication for every element, the same way."""
-    from .bench_nf4 import plain_kernel
+    from .nf4_baselines import plain_kernel
 
     types = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "n_elements": "i32"}
     types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr", "table_ptr"), "*fp32")

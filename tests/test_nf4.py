@@ -15,6 +15,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+import triton
 
 from helpers import nf4_kernel
 from helpers.nf4 import FP4_TABLE, INTERPRETED, NF4_TABLE, dequantize_nf4, launch_options
@@ -146,6 +147,10 @@ def test_a_state_changed_in_place_is_noticed():
     assert same(dequantize_nf4(weight, state), dequantize_reference(weight, state))
 
 
+def packed_for_cpu(state):
+    return changed(state, packing_format_for_cpu=True, absmax=state.absmax.bfloat16())
+
+
 def changed(state, **changes):
     vars(state).update(changes)
     return state
@@ -159,7 +164,7 @@ def changed(state, **changes):
         (lambda w, s: (w, changed(s, quant_type="int8"), None), ValueError, "'int8'.*'nf4' or 'fp4'"),
         (lambda w, s: (w, changed(s, blocksize=48), None), ValueError, "blocksize 48"),
         (lambda w, s: (w, changed(s, dtype=torch.float64), None), ValueError, "float64"),
-        (lambda w, s: (w, changed(s, packing_format_for_cpu=True), None), ValueError, "CPU inference"),
+        (lambda w, s: (w, packed_for_cpu(s), None), ValueError, "CPU inference"),
         (lambda w, s: (w[:7], s, None), ValueError, "holds 7 bytes, but shape .* needs 256"),
         (lambda w, s: (w, s, torch.empty(8, 64, device=w.device)), ValueError, "out is .*float32.*float16"),
         (lambda w, s: (w, s, torch.empty(64, 8, device=w.device).half()), ValueError, r"out is \(64, 8\)"),
@@ -346,13 +351,31 @@ def test_the_bodies_agree(dtype, quant_type):
     statistics = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     expected = bnb.dequantize_4bit(weight, state)
     n = expected.numel()
-    for asm, unit in ((True, 4), (False, 4), (False, 1)):
+    for asm, unit, hints in ((True, 4, True), (True, 4, False), (False, 4, True), (False, 1, True)):
         for round_bf16 in {False, dtype == torch.bfloat16}:
-            options = launch_options(n, dtype, torch.cuda.get_device_capability(), fp4=quant_type == "fp4")
-            options |= {"ASM": asm, "UNIT": unit, "ROUND_BF16": round_bf16}
+            options = launch_options(
+                n, dtype, torch.cuda.get_device_capability(), fp4=quant_type == "fp4", asm=asm, hints=hints
+            )
+            options |= {"UNIT": unit, "ROUND_BF16": round_bf16}
             out = torch.empty_like(expected)
             nf4_kernel.dequantize_kernel[(n // (options["GROUPS"] * 64),)](weight, *statistics, out, n, **options)
-            assert same(out, expected), (asm, unit, round_bf16)
+            assert same(out, expected), (asm, unit, hints, round_bf16)
+
+
+@pytest.mark.gpu
+def test_launch_hooks_are_told():
+    weight, state = weight_of()
+    expected = dequantize_nf4(weight, state)
+    told = []
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(told.append)
+    try:
+        assert same(dequantize_nf4(weight, state), expected)
+    finally:
+        hook.remove(told.append)
+    assert len(told) == 1 and told[0].get()["name"] == "dequantize_kernel"
+    dequantize_nf4(weight, state)
+    assert len(told) == 1
 
 
 @pytest.mark.gpu
