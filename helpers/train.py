@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from . import attention_transformers, checkpoints, fsdp2, host, t4
+from .chunked_head import chunked_loss
 from .instruction_data import load_instructions
 from .memory import MemoryTimeline, peak_gib
 from .nf4_tensor import NF4Linear
@@ -59,7 +60,7 @@ class TrainArguments:
     lora_rank: int = _flag(16, "rank of LoRA on the seven projections; alpha is twice the rank")
     dtype: str = _flag("auto", "compute in float32, bfloat16 or float16; auto goes by the GPU's capability")
     nf4: str = _flag("auto", "who decodes 4-bit weights: triton (one kernel), bitsandbytes; auto: triton on a GPU")
-    loss: str = _flag("auto", "trl (its fused head, GPU only) or full (all logits); auto: trl on a GPU")
+    loss: str = _flag("auto", "chunked (helpers/linear_loss.py), trl (its fused head, GPU only), full (all logits)")
     attention: str = _flag("auto", "auto, sdpa, flex, varlen, xformers, eager (helpers/attention.py), or stock")
     packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
     compile: bool = _flag(False, "torch.compile the embedding, decoder layers, norm and loss (helpers/compiling.py)")
@@ -166,7 +167,7 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
         if model.training:
             counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self._tokens_since_log = self._tokens_since_log + counted
-        # Trainer's own: the model's logits and its float32 cross entropy, past SFTTrainer's fused head.
+        # Trainer's own, past SFTTrainer's fused head: the loss that the model returns.
         return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):
@@ -228,6 +229,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     with (
         _deterministic(args.deterministic),
         nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
+        chunked_loss(model) if args.loss == "chunked" else contextlib.nullcontext(),
         compiled_regions(model, args.compile, sharded=args.fsdp2) as regions,
     ):
         trainer = QLoRATrainer(
@@ -365,7 +367,9 @@ def _decided(args: TrainArguments) -> TrainArguments:
         raise ValueError(f"--attention {args.attention!r} is not one of {', '.join(ATTENTIONS)}")
     if args.fsdp2 and args.loss == "trl":
         raise ValueError("--loss trl reads the head's weight past FSDP2, which shards it; use --loss full with --fsdp2")
-    values["loss"] = _choice("loss", values["loss"], {"trl": gpu and not args.fsdp2, "full": True})
+    values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
+    if values["compile"] and values["loss"] == "full":
+        raise ValueError("--compile never makes all logits, as --loss full asks: give --loss chunked, or leave one out")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if values["nf4"] == "auto" and not gpu:
         values["nf4"] = "bitsandbytes"  # the interpreter is right, and slow
