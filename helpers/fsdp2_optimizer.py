@@ -16,6 +16,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch.distributed.tensor import DTensor
 
 BLOCK = 256  # values that share one absmax of an 8-bit state, fixed in bitsandbytes
+CODES = "_8bit"  # marks the name of an 8-bit state in a checkpoint
 WRAPPED = Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY
 
 
@@ -68,9 +69,13 @@ class _Sharded:
         saved = super().state_dict()
         for parameter, state in self._with_parameters(saved["state"]):
             for values in (state, state.get(WRAPPED, {})):
-                for name, value in values.items():
-                    if isinstance(value, torch.Tensor) and (name.startswith("absmax") or value.ndim == parameter.ndim):
+                for name, value in list(values.items()):
+                    if not isinstance(value, torch.Tensor):
+                        continue
+                    if name.startswith("absmax") or value.ndim == parameter.ndim:
                         values[name] = _sharded_like(parameter, value, name.startswith("absmax"))
+                    if value.dtype == torch.uint8:  # or codes would be loaded as if they were a float32 state's values
+                        values[name + CODES] = values.pop(name)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any], **more: Any) -> None:
@@ -114,5 +119,5 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, DTensor):
             value = value.to_local()
             value = value.reshape(-1) if name.startswith("absmax") else value
-        plain[name] = value
+        plain[name.removesuffix(CODES)] = value
     return plain

@@ -132,16 +132,17 @@ class NF4Tensor(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """This rank's bytes, all as uint8 so that no copy on the way is numeric, and the tensors all ranks share."""
-        return tuple(_bytes(t) for _, t in self._present(SHARDED)), dict(self._present(SHARED))
+        # On one rank FSDP2 copies the first tensor and forgets the others, which are whole as they are.
+        sharded = SHARDED if mesh.size() > 1 else ("packed",)
+        shared = {name: t for name, t in self._present() if name not in sharded}
+        return tuple(_bytes(t) for _, t in self._present(sharded)), shared
 
     def fsdp_post_all_gather(self, outputs, shared, param_dtype, *, out=None):
         """The whole weight over the gathered bytes. FSDP2 reuses their storage, so ``out`` is right already."""
         if out is not None:
             return None
-        gathered = {
-            name: t.view(getattr(self, name).dtype)
-            for (name, _), t in zip(self._present(SHARDED), outputs, strict=True)
-        }
+        names = [name for name, _ in self._present(SHARDED) if name not in shared]
+        gathered = {name: t.view(getattr(self, name).dtype) for name, t in zip(names, outputs, strict=True)}
         rows = 2 * gathered["packed"].numel() // self.encoding.row
         return NF4Tensor(rows, self.encoding, gathered | shared), ()  # FSDP2 frees the outputs itself
 

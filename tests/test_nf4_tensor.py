@@ -1,5 +1,7 @@
 """NF4Tensor alone: no copy, no other byte, every operation that FSDP2 performs, and the same result compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
@@ -61,7 +63,8 @@ def test_shards_as_fsdp2_cuts_them_join_to_the_same_bytes(shape, ranks):
         shard.narrow(0, 0, chunk.size(0)).copy_(chunk)
         assert torch.as_strided(shard.view(-1), shard.size(), shard.stride()).shape == shard.shape
         shards.append(shard.cpu())
-    inputs = [shard.fsdp_pre_all_gather(None, None, None, None, None) for shard in shards]
+    mesh = SimpleNamespace(size=lambda: ranks)
+    inputs = [shard.fsdp_pre_all_gather(mesh, None, None, None, None) for shard in shards]
     assert all(t.dtype == torch.uint8 for parts, _ in inputs for t in parts)
     outputs = [torch.cat(parts) for parts in zip(*(parts for parts, _ in inputs), strict=True)]
     whole, freed = shards[0].fsdp_post_all_gather(outputs, inputs[0][1], torch.bfloat16)

@@ -1,0 +1,164 @@
+"""QLoRA as a pipeline under ``ScheduleInterleavedZeroBubble``: the other way over several GPUs, beside FSDP2.
+
+    torchrun --nproc_per_node=2 -m helpers.zero_bubble --model shape:tiny --steps 6
+
+Each rank holds two stages of the decoder. The schedule splits a backward pass in two: B makes the gradient that the
+stage before waits for, W the gradients of the weights, which nobody waits for and which fill the gaps. Where weights
+are frozen W is LoRA's alone, a few percent of B: little to fill the gaps with. FSDP2 is the main path here.
+
+Traps: reentrant checkpointing hides the inputs from the split and gives wrong gradients; torch.compile in place passes
+the schedule's own check and then gives wrong gradients too, so both are refused. A stage's input must require grad, and
+so must the embedding's output. The schedule divides gradients by the number of micro-batches: the loss is a mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
+
+from . import checkpoints, fsdp2, host
+from .memory import peak_gib
+
+STAGES_A_RANK = 2
+
+
+class DecoderStage(nn.Module):
+    """A run of a Llama-like decoder's layers, the first stage with the embedding, the last with norm and head.
+
+    Takes ids [rows, length] or hidden states [rows, length, hidden]; returns hidden states or logits.
+    """
+
+    def __init__(self, model: nn.Module, index: int, stages: int):
+        super().__init__()
+        base = model.get_base_model()
+        decoder = base.get_decoder()
+        cut = [round(i * len(decoder.layers) / stages) for i in range(stages + 1)]
+        self.layers = nn.ModuleDict({str(i): decoder.layers[i] for i in range(cut[index], cut[index + 1])})
+        self.embedding = base.get_input_embeddings() if index == 0 else None
+        self.norm = decoder.norm if index == stages - 1 else None
+        self.head = base.get_output_embeddings() if index == stages - 1 else None
+        self.rotary = decoder.rotary_emb
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x).requires_grad_(torch.is_grad_enabled())
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        rotary = self.rotary(x, positions)
+        for layer in self.layers.values():
+            x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        return x if self.head is None else self.head(self.norm(x))
+
+
+def mean_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross entropy of the next token over rows of equal length, in float32."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def schedule(model: nn.Module, rank: int, ranks: int, micro_batches: int, device: torch.device):
+    """The schedule over this rank's stages of ``model``, a PEFT model that every rank loaded whole.
+
+    Layers of other stages are not touched, and can be freed by the caller. Stages alternate: rank, rank + ranks.
+
+    Raises:
+        ValueError: fewer layers than stages, more micro-batches than divide evenly, compiled or checkpointed layers.
+    """
+    stages = STAGES_A_RANK * ranks
+    layers = model.get_base_model().get_decoder().layers
+    if len(layers) < stages:
+        raise ValueError(f"{len(layers)} layers cannot be cut into {stages} stages: use fewer processes")
+    if micro_batches % ranks:
+        raise ValueError(f"{micro_batches} micro-batches do not divide by {ranks} ranks, as the schedule's rounds need")
+    if model.is_gradient_checkpointing or any(layer._compiled_call_impl is not None for layer in layers):
+        raise ValueError("the zero-bubble schedule splits backward passes: train without checkpointing and compile")
+    mine = [
+        PipelineStage(DecoderStage(model, index, stages), index, stages, device) for index in range(rank, stages, ranks)
+    ]
+    return ScheduleInterleavedZeroBubble(mine, micro_batches, loss_fn=mean_loss)
+
+
+def train(
+    model: nn.Module, batches: list[Tensor], micro_batches: int, learning_rate: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Train on ``batches`` of ids [rows, length], a step each, with AdamW; ``losses`` and ``seconds`` of each step.
+
+    Alone (no process group) the same micro-batches run one after another: what the pipeline must equal.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if ranks > 1 else 0
+    if ranks > 1:
+        pipeline = schedule(model, rank, ranks, micro_batches, device)
+        modules = nn.ModuleList(stage.submod for stage in pipeline._stages)
+    else:
+        modules = DecoderStage(model, 0, 1)
+    modules.train()
+    optimizer = torch.optim.AdamW([p for p in modules.parameters() if p.requires_grad], learning_rate)
+    losses, seconds = [], []
+    for ids in batches:
+        ids, started = ids.to(device), time.perf_counter()
+        parts: list[Tensor] = []
+        if ranks > 1:
+            last = rank == ranks - 1  # holds the last stage
+            pipeline.step(*([ids] if rank == 0 else []), target=ids if last else None, losses=parts if last else None)
+        else:
+            for rows in ids.chunk(micro_batches):
+                loss = mean_loss(modules(rows), rows)
+                (loss / micro_batches).backward()
+                parts.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = torch.stack(parts).mean().detach() if parts else torch.zeros((), device=device)
+        if ranks > 1:
+            dist.broadcast(loss, src=ranks - 1)
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    return {"losses": losses, "seconds": seconds}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m helpers.zero_bubble", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="auto", help="as --model of helpers.train")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--micro-batches", type=int, default=8, help="of one row each, an optimizer step")
+    parser.add_argument("--length", type=int, default=64, help="tokens a row")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--out", help="a .json file for losses, seconds and peak GiB of the first rank")
+    args = parser.parse_args(argv)
+    sharded = "RANK" in os.environ
+    try:
+        gpu = torch.cuda.is_available()
+        device = fsdp2.start_ranks("cuda" if gpu else "cpu") if sharded else torch.device("cuda" if gpu else "cpu")
+        host.quiet()
+        torch.manual_seed(3407)
+        base = checkpoints.load_base(args.model)
+        model = checkpoints.attach_lora(base.model, args.lora_rank)
+        draw = torch.Generator().manual_seed(3407)
+        shape = (args.micro_batches, args.length)
+        batches = [torch.randint(3, base.model.config.vocab_size, shape, generator=draw) for _ in range(args.steps)]
+        with torch.autocast(device.type, base.model.dtype, enabled=base.model.dtype != torch.float32):
+            result = train(model, batches, args.micro_batches, 2e-4, device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if fsdp2.main_process():
+        for step, (loss, seconds) in enumerate(zip(result["losses"], result["seconds"], strict=True), 1):
+            print(f"step: {step:3d}  loss: {loss:8.5f}  step_s: {seconds:.3f}", flush=True)
+        if args.out:
+            Path(args.out).write_text(json.dumps(result | {"allocated_gib": peak_gib()[0]}), encoding="utf-8")
+    if sharded:
+        fsdp2.stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
