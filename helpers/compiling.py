@@ -23,10 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import one_graph
+from .linear_loss import IGNORED
+from .loss_functions import causal_lm_loss
 
-IGNORED = -100
 LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
-FP16_SCALE = 1024.0  # of the loss while its gradient is made, so that small probabilities survive float16
 # Families whose forward is backbone, head, optional softcap: what the fused loss computes.
 PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
 # transformers 5.17 checkpoints in the layer's __call__, later releases in its forward.
@@ -217,13 +217,17 @@ def _compile_loss(
         return "not compiled: norm or head is trained"
     softcap = getattr(config, "final_logit_softcapping", None)
 
-    def summed_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = F.linear(norm.forward(hidden), head.weight, head.bias).float()
+    def summed_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        logits = F.linear(norm.forward(hidden), weight, bias).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     region = compile(summed_loss)
+
+    def region_of(hidden: Tensor, linear: nn.Linear, labels: Tensor) -> Tensor:
+        return region(hidden, linear.weight, linear.bias, labels)
+
     deferred = False  # the norm's own call returns its input: the region above applies it
 
     def call_norm(cls: type, module: nn.Module, hidden: Tensor) -> Tensor:
@@ -249,12 +253,11 @@ def _compile_loss(
         finally:
             deferred = False
         with _gathered(head):
-            total = linear_loss(region, hidden, F.pad(labels, (0, 1), value=IGNORED)[:, 1:], head.out_features)
-        if items is None:
-            items = (labels[:, 1:] != IGNORED).sum()
-        elif torch.is_tensor(items):
-            items = items.to(total.device)
-        return CausalLMOutput(loss=total / items)
+            loss = causal_lm_loss(
+                hidden, head, labels, items, forward_function=region_of, compile=False,
+                chunk_size=_chunk_rows(labels.numel(), head.out_features * hidden.itemsize),
+            )  # fmt: skip
+        return CausalLMOutput(loss=loss)
 
     base.forward = compiled_forward
     stack.callback(lambda: _restore_forward(base, compiled_forward, forward if own else None))
@@ -303,47 +306,10 @@ def _batch_for_one_graph(
     return ids, labels
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Sums the loss over chunks and makes the gradient of each at once, so that no chunk's logits outlive it."""
-
-    @staticmethod
-    def forward(ctx, region: Callable, hidden: Tensor, labels: Tensor, chunks: int) -> Tensor:
-        scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
-        gradient = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for part, rows, out in zip(
-            hidden.tensor_split(chunks), labels.tensor_split(chunks), gradient.tensor_split(chunks), strict=True
-        ):
-            with torch.enable_grad():
-                part = part.detach().requires_grad_()
-                loss = region(part, rows)
-            out.copy_(torch.autograd.grad(loss, part, torch.full_like(loss, scale))[0])
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
-        ctx.scale = scale
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return None, gradient * (grad / ctx.scale), None, None
-
-
-def linear_loss(region: Callable, hidden: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
-    """``region(hidden, labels)``, a loss summed over rows, in chunks of `LOGITS_BYTES` of logits.
-
-    Args:
-        region: (hidden [rows, hidden_size], labels [rows]) -> float32 []; differentiable in hidden alone.
-        hidden: [batch, length, hidden_size]; labels: [batch, length], aligned with it.
-        vocabulary: logits a row has.
-    """
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = max(2, LOGITS_BYTES // (vocabulary * hidden.itemsize))
-    chunks = max(1, min(-(-len(hidden) // rows), len(hidden) // 2))  # of nearly equal size, none of a single row
-    if hidden.requires_grad and torch.is_grad_enabled():
-        return _ChunkedLoss.apply(region, hidden, labels, chunks)
-    parts = zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True)
-    return torch.stack([region(part, rows) for part, rows in parts]).sum()
+def _chunk_rows(rows: int, row_bytes: int) -> int:
+    """Rows of a chunk of at most `LOGITS_BYTES` of logits, so that all are nearly equal and none has a single row."""
+    chunks = -(-rows * row_bytes // LOGITS_BYTES)
+    return max(2, -(-rows // chunks))
 
 
 class CompileCounter:
