@@ -80,7 +80,7 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
     arguments = _decided(arguments)
     arguments.checkpointing = "checkpointing" in words
     arguments.nf4 = "bitsandbytes" if "bitsandbytes" in words else arguments.nf4
-    arguments.loss = "full" if "compiled" in words else arguments.loss
+    arguments.loss = "chunked" if "compiled" in words else "trl" if torch.cuda.is_available() else "full"
     torch.manual_seed(arguments.seed)
     base = checkpoints.load_base(arguments.model, DTYPES[arguments.dtype])
     rows = load_instructions(arguments.dataset, vocab_size=base.model.config.vocab_size, seed=arguments.seed)

@@ -67,7 +67,8 @@ def main() -> None:
     host.prepare()
     arguments = _decided(TrainArguments(
         model=args.model, dataset=args.dataset, steps=args.steps, batch_size=1, accumulation=2, max_length=1024,
-        lora_rank=32, checkpointing=False, output_dir=tempfile.mkdtemp(),
+        lora_rank=32, checkpointing=False, loss="trl" if torch.cuda.is_available() else "full",
+        output_dir=tempfile.mkdtemp(),
     ))  # fmt: skip
     base = checkpoints.load_base(arguments.model, DTYPES[arguments.dtype])
     rows = load_instructions(arguments.dataset, vocab_size=base.model.config.vocab_size)

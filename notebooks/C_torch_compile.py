@@ -164,7 +164,7 @@ if GPU:
 else:
     pairs = [("float32", "auto")]
 
-STOCK = {"nf4": "bitsandbytes", "attention": "stock", "compile": False}
+STOCK = {"nf4": "bitsandbytes", "attention": "stock", "loss": "full", "compile": False}
 OURS = {"nf4": "triton" if GPU else "bitsandbytes", "compile": True}
 runs, counters, evaluations = {}, {}, {}
 for dtype, attention in pairs:
@@ -173,7 +173,7 @@ for dtype, attention in pairs:
         key, evaluate = (dtype, name), Evaluate()
         with compiling.CompileCounter() as counters[key]:
             runs[key] = train(TrainArguments(
-                model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, loss="full", batch_size=1, accumulation=2,
+                model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, batch_size=1, accumulation=2,
                 max_length=1024, lora_rank=32, checkpointing=False, deterministic=False, prompt="",
                 output_dir=str(results.folder / f"C_{dtype}_{name}"), **parts,
             ), callbacks=[evaluate])
