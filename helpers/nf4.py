@@ -6,7 +6,9 @@ call, whose cost on the CPU matters because a decode takes no more than 7 to 60 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -159,17 +161,68 @@ class _Launch(NamedTuple):
     constants: tuple
     stride: tuple[int, ...]
 
+    def __call__(self, stream: int, *pointers: int) -> None:
+        self.run(*self.grid, stream, self.function, self.metadata, None, None, None, *pointers, *self.constants)
 
-# By everything that the compilation and the checks depend on. Pointers, the stream and the profilers' hooks are read at
-# every call. `kernel[grid](...)` would bind and specialize 18 arguments, call two empty hooks
-# and ask the driver about each pointer.
+
+# Three ways to the same launch, each for what the one above does not know; on an H100's host, without the output:
+# - a plan of this quant state: MEASURED us. It reads pointers, stream and the profilers' hooks, and compares the rest.
+# - a launch of the like, by everything that the compilation and the checks depend on: MEASURED us.
+# - `kernel[grid](...)`, which binds and specializes 19 arguments and asks the driver about each pointer: MEASURED us.
+_PLANS: dict[int, Callable[[torch.Tensor, Any], torch.Tensor | None]] = {}
 _LAUNCHES: dict[tuple, _Launch] = {}
 
 
 def _hooked() -> bool:
     """Whether a profiler (Proton) or the user listens to launches: then Triton's own way is taken, which tells them."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(enter.calls or leave.calls)
+
+
+def _statistics(quant_state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """absmax, code2, absmax2, offset; without double quantization the kernel does not read the last three."""
+    absmax, state2 = quant_state.absmax, quant_state.state2
+    if state2 is None:
+        return absmax, absmax, absmax, absmax
+    return absmax, state2.code, state2.absmax, quant_state.offset
+
+
+def _plan(launch: _Launch, weight: torch.Tensor, quant_state) -> None:
+    """Have the next decode of this state go straight to `launch`, until anything it depends on is another."""
+    run, (grid, _, _), function, metadata, constants, stride = launch
+    shape, dtype, blocksize = quant_state.shape, quant_state.dtype, quant_state.blocksize
+    size, device, held, index = tuple(shape), weight.device, weight.shape, weight.device.index
+    key, one_gpu = id(quant_state), torch.cuda.device_count() < 2
+    absmax_, code2_, absmax2_, offset_ = map(weakref.ref, _statistics(quant_state))
+    owner = weakref.ref(quant_state, lambda _, plans=_PLANS: plans.pop(key, None))
+
+    def plan(weight: torch.Tensor, state) -> torch.Tensor | None:
+        absmax, code2, absmax2, offset = _statistics(state)
+        if (
+            owner() is not state
+            or absmax_() is not absmax or code2_() is not code2 or absmax2_() is not absmax2 or offset_() is not offset
+            or state.dtype is not dtype or state.shape is not shape or state.blocksize != blocksize
+            or weight.device != device or weight.shape != held or not weight.is_contiguous()
+            or _hooked()
+            or not (one_gpu or torch.cuda.current_device() == index)
+        ):  # fmt: skip
+            return None
+        out = empty_strided(size, stride, dtype)
+        source, target = weight.data_ptr(), out.data_ptr()
+        if (source | target) % 16:
+            return None
+        run(
+            grid, 1, 1, current_stream(index), function, metadata, None, None, None,
+            source, absmax.data_ptr(), code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr(), target, *constants,
+        )  # fmt: skip
+        return out
+
+    _PLANS[key] = plan
+
+
+def _on(device: torch.device):
+    """The context in which `device` is the current one."""
+    return contextlib.nullcontext() if device.index is None else torch.cuda.device(device)
 
 
 def _launch_jit(
@@ -202,13 +255,9 @@ def _launch_jit(
 
 def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`_dequantize` without the dispatcher, which would cost about as much as the kernel of a small weight."""
-    absmax, state2 = quant_state.absmax, quant_state.state2
-    if state2 is None:
-        blocksize2, code2, absmax2, offset = None, absmax, absmax, absmax
-    else:
-        blocksize2, code2, absmax2, offset = state2.blocksize, state2.code, state2.absmax, quant_state.offset
-    device = weight.device
-    shape = tuple(quant_state.shape)
+    statistics = absmax, code2, absmax2, offset = _statistics(quant_state)
+    blocksize2 = None if quant_state.state2 is None else quant_state.state2.blocksize
+    shape, device = tuple(quant_state.shape), weight.device
     key = (
         shape, dtype, device, weight.shape, weight.dtype, quant_state.blocksize, quant_state.quant_type,
         blocksize2, absmax.device, absmax.dtype, code2.dtype, absmax2.dtype, offset.dtype,
@@ -220,13 +269,11 @@ def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | Non
         result = empty_strided(shape, launch.stride, dtype) if out is None else out
         source, target = weight.data_ptr(), result.data_ptr()
         if (source | target) % 16 == 0:
-            launch.run(
-                *launch.grid, current_stream(device.index), launch.function, launch.metadata, None, None, None,
-                source, absmax.data_ptr(), code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr(), target,
-                *launch.constants,
-            )  # fmt: skip
+            launch(current_stream(device.index), source, *[x.data_ptr() for x in statistics], target)
+            if dtype is quant_state.dtype:
+                _plan(launch, weight, quant_state)
             return result
-    result, launch = _launch_jit(weight, (absmax, code2, absmax2, offset), quant_state, blocksize2, out, dtype)
+    result, launch = _launch_jit(weight, statistics, quant_state, blocksize2, out, dtype)
     if launch is not None:
         _LAUNCHES[key] = launch
     return result
@@ -273,10 +320,8 @@ def dequantize_nf4(
         return result.t() if weight.shape[0] == 1 else result
     # Params4bit overrides __torch_function__: without this every attribute read below costs 2 us.
     with torch._C.DisableTorchFunctionSubclass():
-        index = weight.device.index
-        if index is None or index == torch.cuda.current_device():
-            result = _dequantize_eager(weight, quant_state, out, dtype)
-        else:
-            with torch.cuda.device(index):
+        plan = _PLANS.get(id(quant_state)) if out is None and dtype is quant_state.dtype else None
+        if plan is None or (result := plan(weight, quant_state)) is None:
+            with _on(weight.device):
                 result = _dequantize_eager(weight, quant_state, out, dtype)
         return result.t() if weight.shape[0] == 1 else result
