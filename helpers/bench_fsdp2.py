@@ -57,7 +57,7 @@ def ours(case: Case, flags: dict[str, Any], ranks: int) -> dict[str, Any]:
     result = train(TrainArguments(
         model=case.model, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
-        lora_rank=case.lora_rank, loss="full", deterministic=False, prompt="", fsdp2=ranks > 1, **arguments,
+        lora_rank=case.lora_rank, deterministic=False, prompt="", fsdp2=ranks > 1, **arguments,
     ))  # fmt: skip
     torch.cuda.empty_cache()
     return {

@@ -1,0 +1,499 @@
+"""FSDP2 over real process groups: bytes, shards, losses, checkpoints and faults.
+
+On the CPU 2 and 3 ranks of gloo, forked from a server that has everything imported; on GPUs 2 ranks of NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import faulthandler
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from queue import Empty
+
+import pytest
+import torch
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
+
+from helpers import checkpoints, fsdp2
+from helpers import train as trainer_module
+from helpers.compiling import CompileCounter
+from helpers.nf4_tensor import NF4Linear, NF4Tensor, unpack
+from helpers.train import TrainArguments, train
+
+STEPS = 6
+MICRO_STEPS = 6  # an optimizer step, over all ranks: 2 and 3 divide it
+ROWS = {"dataset": "random:8-40x64", "max_length": 40, "lora_rank": 6, "learning_rate": 1e-2, "steps": STEPS}
+TOLERANCE = {"float32": 5e-4, "bfloat16": 2e-3, "float16": 2e-3, "8-bit states": 2e-3}
+
+
+def arguments(folder, ranks: int, **more) -> TrainArguments:
+    more = {"model": "shape:tiny-untied", "fsdp2": ranks > 1, "dtype": "float32"} | more
+    return TrainArguments(output_dir=str(folder), accumulation=MICRO_STEPS // ranks, batch_size=1, **ROWS | more)
+
+
+@contextlib.contextmanager
+def clipped_at(norm: float):
+    """Train with gradients clipped at ``norm``, low enough that every step of these runs is clipped."""
+    real = trainer_module._trainer_config
+
+    def config(args):
+        made = real(args)
+        made.max_grad_norm = norm
+        return made
+
+    trainer_module._trainer_config = config
+    try:
+        yield
+    finally:
+        trainer_module._trainer_config = real
+
+
+# What runs in the ranks. Each check returns what it found; the test judges.
+
+
+class InTheMiddle(TrainerCallback):
+    """Bytes this rank holds of each frozen weight, and where, in the middle of a run; weights gathered after it."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == STEPS - 1:
+            self.held = fsdp2.frozen_bytes(model)
+            self.devices = {p.device.type for p in model.parameters()}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.gathered_while_saving = 0
+
+    @contextlib.contextmanager
+    def gathering(self):
+        real = NF4Tensor.fsdp_pre_all_gather
+        self.gathered_while_saving = 0
+
+        @functools.wraps(real)  # FSDP2 counts its parameters
+        def counted(tensor, *args):
+            self.gathered_while_saving += 1
+            return real(tensor, *args)
+
+        NF4Tensor.fsdp_pre_all_gather = counted
+        try:
+            yield
+        finally:
+            NF4Tensor.fsdp_pre_all_gather = real
+
+
+class Dies(TrainerCallback):
+    """Kills this process, as a machine would, before step 5."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_trains(folder, ranks: int | None = None, **more) -> dict:
+    torch._dynamo.reset()
+    watch = InTheMiddle()
+    with clipped_at(0.1), CompileCounter() as counter, watch.gathering():
+        result = train(arguments(folder, ranks or dist.get_world_size(), **more), callbacks=[watch])
+    return {
+        "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows], "held": watch.held,
+        "devices": watch.devices, "gathered_while_saving": watch.gathered_while_saving,
+        "breaks": counter.graph_breaks, "compiles": counter.compiles, "recompiles": counter.recompiles,
+        "reasons": counter.reasons,
+    }  # fmt: skip
+
+
+def rank_resumes(folder, **more) -> dict:
+    """Train on from the checkpoint at step 4 of a run, in a copy of its folder."""
+    copy = Path(f"{folder} resumed on {dist.get_world_size()}")
+    if dist.get_rank() == 0:
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
+    dist.barrier()
+    return rank_trains(copy, resume=True, **more)
+
+
+def rank_gathers(storage: str, payload: str, shape: str, nested: bool = True, **options) -> dict[str, int]:
+    """Bytes that differ between the loaded model and what each FSDP2 group gathers, by weight."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {name: getattr(torch, value) if name == "param_dtype" else value for name, value in options.items()}
+    model = _model(shape, storage, payload, nested)
+    expected = {name: _bytes_of(module) for name, module in model.named_modules() if "weight" in module._parameters}
+    fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config(**options))
+    changed = {}
+    with torch.no_grad():  # a forward first, as in training: the second gathering goes into the first one's storage
+        model(input_ids=torch.arange(8, device=device)[None])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    for name, module in model.named_modules():
+        if name in expected:
+            got = _bytes_of(module)
+            assert set(got) == set(expected[name]), name
+            for part, value in expected[name].items():
+                if options.get("param_dtype") and part == "weight":
+                    value = value.to(options["param_dtype"])  # a cast of floats, which is asked for
+                a, b = (x.contiguous().view(-1).view(torch.uint8).cpu() for x in (got[part], value))
+                changed[f"{name}.{part}"] = int((a != b).sum()) if len(a) == len(b) else max(len(a), len(b))
+    return changed
+
+
+def rank_refuses_unequal_weights() -> str:
+    model = _model("tiny", "uint8", "random", True)
+    if dist.get_rank() == 1:
+        layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.up_proj.base_layer"))
+        layer.weight.data.view(-1)[7] ^= 1
+    with pytest.raises(ValueError) as error:
+        fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config())
+    return str(error.value)
+
+
+def rank_runs_out_of_disk(folder) -> tuple[str, list[str]]:
+    """The last rank cannot write its part of the optimizer at step 4."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    real = FileSystemWriter.write_data
+
+    def full(self, plan, planner):
+        if "checkpoint-4/optimizer" in str(self.path) and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError(28, "No space left on device")
+        return real(self, plan, planner)
+
+    FileSystemWriter.write_data = full
+    said = "nothing was raised"
+    try:
+        with clipped_at(0.1):
+            train(arguments(folder, dist.get_world_size(), save_steps=2))
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    finally:
+        FileSystemWriter.write_data = real
+    left = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    dist.barrier()  # before another call resumes from what is left
+    return said, left
+
+
+def _model(shape: str, storage: str, payload: str, nested: bool):
+    """A tiny model with LoRA whose 4-bit bytes are ``payload``, stored as ``storage``."""
+    torch.manual_seed(0)
+    model = checkpoints.attach_lora(checkpoints.load_base(f"shape:{shape}", torch.float32).model, 6)
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            weight = module.weight
+            if payload == "random":
+                data = torch.randint(0, 256, (weight.numel(),), dtype=torch.uint8, generator=generator)
+            else:  # every 16-bit pattern, the NaNs of float16 and bfloat16 among them
+                data = torch.arange(weight.numel() // 2, dtype=torch.int32).to(torch.int16).view(torch.uint8)
+            weight.data = data.to(weight.device).view(getattr(torch, storage)).view(-1, 1)
+            if not nested:
+                state = weight.quant_state
+                state.absmax, state.nested, state.state2, state.offset = state.absmax.float(), False, None, None
+    return model
+
+
+def _bytes_of(module) -> dict[str, torch.Tensor]:
+    """What a weight is made of, as plain tensors: of a 4-bit one its packed bytes and each statistic."""
+    if isinstance(module, NF4Linear):
+        packed, state = unpack(module.weight)
+    elif isinstance(module, Linear4bit):
+        packed, state = module.weight.data, module.weight.quant_state
+    else:
+        return {"weight": module.weight.detach().clone()}
+    parts = {"packed": packed.contiguous().view(-1).view(torch.uint8), "absmax": state.absmax, "code": state.code}
+    if state.nested:
+        parts |= {"absmax2": state.state2.absmax, "code2": state.state2.code, "offset": state.offset}
+    return {name: part.detach().clone() for name, part in parts.items()}
+
+
+# Starting ranks
+
+
+LIMIT_S = 200  # until ranks that hang say where and end
+
+
+def in_ranks(ranks: int, calls: dict[str, tuple]) -> list[dict]:
+    """Run ``calls`` (name: (function, kwargs)) in order in each of ``ranks`` processes; each rank's results by name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # CUDA cannot fork
+    context.set_forkserver_preload(["helpers.train", "helpers.compiling", "peft", "datasets"])
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, ranks, port, calls, queue), daemon=True) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    found: dict[int, dict] = {}
+    try:
+        while len(found) < ranks:
+            with contextlib.suppress(Empty):
+                rank, result = queue.get(timeout=1)
+                if isinstance(result, str):
+                    raise AssertionError(f"rank {rank}:\n{result}")
+                found[rank] = result
+            assert not any(process.exitcode for process in processes), "a rank ended early; see its standard error"
+    finally:
+        for process in processes:
+            process.join(timeout=5 if len(found) == ranks else 0.1)
+            process.kill()
+    return [found[rank] for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, port: int, calls: dict, queue) -> None:
+    if ranks == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    else:
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.set_num_threads(1)
+        if ranks > 1:
+            fsdp2.start_ranks("cuda" if torch.cuda.is_available() else "cpu")
+        queue.put((rank, {name: function(**kwargs) for name, (function, kwargs) in calls.items()}))
+        fsdp2.stop_ranks()
+    except BaseException:
+        queue.put((rank, traceback.format_exc()))
+
+
+# On the CPU
+
+VARIANTS = {
+    "plain": {},
+    "compiled": {"compile": True},
+    "offloaded": {"fsdp2_options": "offload,full-checkpoints", "save_steps": 4},
+    "kept": {"fsdp2_options": "keep-gathered,prefetch=2", "checkpointing": False, "loss": "full"},
+    "tied": {"model": "shape:tiny"},
+    "8-bit": {"optimizer": "adamw_8bit", "lora_rank": 64, "save_steps": 4},
+}
+ALONE = {"plain": {}, "tied": VARIANTS["tied"], "8-bit": {"optimizer": "adamw_8bit", "lora_rank": 64}}
+PAYLOADS = [
+    {"storage": "uint8", "payload": "random", "shape": "tiny-untied"},
+    {"storage": "float16", "payload": "patterns", "shape": "tiny"},
+    {"storage": "bfloat16", "payload": "patterns", "shape": "tiny-untied", "param_dtype": "float16"},
+    {"storage": "float32", "payload": "random", "shape": "tiny", "nested": False, "cpu_offload": True},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp2")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The runs of one process that sharded runs must equal."""
+    return {name: rank_trains(folder / f"alone {name}", ranks=1, **more) for name, more in ALONE.items()}
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """What the launcher says of a run whose rank 1 was killed before step 5."""
+    with pytest.raises(RuntimeError) as error:
+        fsdp2.launch(2, ["-m", "tests.test_fsdp2", "dies", str(folder / "killed")], folder / "logs")
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def two(folder, killed):
+    """Everything that 2 ranks do, in one start of them."""
+    calls = {name: (rank_trains, {"folder": folder / name, **more}) for name, more in VARIANTS.items()}
+    calls |= {f"bytes {i}": (rank_gathers, more) for i, more in enumerate(PAYLOADS)}
+    calls["unequal"] = (rank_refuses_unequal_weights, {})
+    calls["8-bit resumed"] = (rank_resumes, {"folder": folder / "8-bit", **VARIANTS["8-bit"]})
+    calls["killed resumed"] = (rank_trains, {"folder": folder / "killed", "save_steps": 2, "resume": True})
+    calls["disk"] = (rank_runs_out_of_disk, {"folder": folder / "disk"})
+    calls["disk resumed"] = (rank_trains, {"folder": folder / "disk", "save_steps": 2, "resume": True})
+    return in_ranks(2, calls)
+
+
+@pytest.fixture(scope="module")
+def three(folder, two):
+    calls = {"plain": (rank_trains, {"folder": folder / "3 plain"}), "bytes": (rank_gathers, PAYLOADS[0])}
+    calls["full resumed"] = (rank_resumes, {"folder": folder / "offloaded", **VARIANTS["offloaded"]})
+    calls["sharded resumed"] = (rank_resumes, {"folder": folder / "killed", "save_steps": 2})
+    return in_ranks(3, calls)
+
+
+def check_losses(got: dict, wanted: dict, dtype: str = "float32") -> None:
+    for key in ("losses", "norms"):
+        pairs = list(zip(got[key], wanted[key], strict=True))
+        assert len(pairs) == STEPS
+        assert max(abs(a - b) / abs(b) for a, b in pairs) <= TOLERANCE[dtype], (key, pairs)
+
+
+def check_shards(ranks: list[dict], block: int = 16384 // 2 + 256 + 4) -> None:
+    """In the middle of training every frozen weight lies on the ranks in equal parts, within one 4-bit block or row."""
+    for name in ranks[0]["held"]:
+        parts = [rank["held"][name] for rank in ranks]
+        slack = block if "base_layer" in name else 128 * 4
+        assert sum(parts) and max(parts) <= sum(parts) / len(ranks) + slack, (name, parts)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_equal_one_process(alone, two, variant):
+    for rank in two:
+        kind = "8-bit states" if variant == "8-bit" else "float32"
+        check_losses(rank[variant], alone[variant if variant in alone else "plain"], kind)
+        assert all(norm > 0.1 for norm in rank[variant]["norms"]), "gradients must be clipped for the test to mean that"
+    check_shards([rank[variant] for rank in two])
+
+
+def test_three_ranks_equal_one_process(alone, three):
+    check_losses(three[0]["plain"], alone["plain"])
+    check_shards([rank["plain"] for rank in three])
+
+
+def test_gathered_weights_are_the_loaded_bytes(two, three):
+    found = [rank[f"bytes {i}"] for rank in two for i in range(len(PAYLOADS))] + [rank["bytes"] for rank in three]
+    for changed in found:
+        assert len(changed) > 60 and not any(changed.values()), {k: v for k, v in changed.items() if v}
+
+
+def test_blocks_compile_to_one_graph_without_breaks(two):
+    for rank in two:
+        found = rank["compiled"]
+        assert (found["breaks"], found["recompiles"]) == (0, 0), found["reasons"]
+        assert found["compiles"] == 3  # all blocks, the rotary frequencies, norm and loss
+
+
+def test_adapter_is_the_one_that_one_process_saves(folder, alone, two):
+    wanted = load_file(folder / "alone plain" / "adapter_model.safetensors")
+    for name in ("plain", "offloaded"):
+        got = load_file(folder / name / "adapter_model.safetensors")
+        assert got.keys() == wanted.keys()
+        for key in wanted:
+            torch.testing.assert_close(got[key], wanted[key], rtol=1e-3, atol=1e-5)
+
+
+def test_saving_gathers_nothing_of_the_base(two):
+    assert all(rank["plain"]["gathered_while_saving"] == 0 for rank in two)
+
+
+def test_resumes_on_the_same_and_on_another_number_of_ranks(alone, two, three):
+    check_losses(two[0]["8-bit resumed"], two[0]["8-bit"])
+    check_losses(three[0]["full resumed"], alone["plain"])
+    check_losses(three[0]["sharded resumed"], alone["plain"])
+
+
+def test_a_killed_rank_is_named_and_resume_reaches_the_same_losses(folder, alone, killed, two):
+    assert killed.startswith("rank 1 was killed by SIGKILL") and killed.count("\n") == 0
+    check_losses(two[0]["killed resumed"], alone["plain"])
+    with open(folder / "killed" / "train_log.csv", newline="") as file:  # one rank wrote it, each step once
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, STEPS + 1))
+
+
+def test_a_full_disk_loses_no_checkpoint(folder, alone, two):
+    assert all("No space left on device" in rank["disk"][0] for rank in two)
+    assert all(rank["disk"][1] == ["checkpoint-2"] for rank in two)
+    check_losses(two[0]["disk resumed"], alone["plain"])
+
+
+def test_ranks_with_other_weights_are_refused_by_name(two):
+    for rank in two:
+        assert "rank 1 loaded other weights than rank 0, first in" in rank["unequal"]
+        assert "layers.1.mlp.up_proj" in rank["unequal"]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("class OutOfMemoryError(RuntimeError): pass\nif rank == 1: raise OutOfMemoryError('CUDA out of memory.')",
+         "rank 1 ended with code 1: OutOfMemoryError: CUDA out of memory."),
+        ("if rank == 0: print('error: --steps is 0', file=sys.stderr); sys.exit(2)",
+         "rank 0 ended with code 2: error: --steps is 0"),
+    ],
+)  # fmt: skip
+def test_launcher_tells_which_rank_failed_and_why(tmp_path, script, said):
+    waits = f"import os, sys, time\nrank = int(os.environ['RANK'])\n{script}\ntime.sleep(60)"
+    with pytest.raises(RuntimeError) as error:
+        fsdp2.launch(2, ["-c", waits], tmp_path)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_refusals_before_anything_starts(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="start with torchrun --nproc_per_node"):
+        train(arguments(tmp_path / "out", 2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"2 processes were started on a machine with 1 GPU\(s\)"):
+        fsdp2.start_ranks("cuda")
+    with pytest.raises(ValueError, match="'offlaod' is not one of offload, keep-gathered"):
+        train(arguments(tmp_path / "out", 2, fsdp2_options="offlaod"))
+    with pytest.raises(ValueError, match="--loss trl reads the head's weight past FSDP2"):
+        train(arguments(tmp_path / "out", 2, loss="trl"))
+    assert not (tmp_path / "out").exists()
+
+
+# On 2 GPUs, the same over NCCL
+
+GPU_VARIANTS = {
+    "float32": {"nf4": "bitsandbytes"},
+    "bfloat16": {"dtype": "bfloat16", "nf4": "triton"},
+    "float16": {"dtype": "float16", "nf4": "triton"},
+    "bfloat16 compiled": {"dtype": "bfloat16", "nf4": "triton", "compile": True},
+    "bfloat16 offloaded": {"dtype": "bfloat16", "nf4": "triton", "fsdp2_options": "offload", "save_steps": 4},
+    "bfloat16 8-bit": {"dtype": "bfloat16", **VARIANTS["8-bit"]},
+}
+GPU_PAYLOADS = [{**payload, "param_dtype": d} for payload in PAYLOADS for d in ("bfloat16", "float16", None)]
+
+
+@pytest.fixture(scope="module")
+def two_gpus(folder):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    calls = {name: (rank_trains, {"folder": folder / name, **more}) for name, more in GPU_VARIANTS.items()}
+    calls |= {f"bytes {i}": (rank_gathers, more) for i, more in enumerate(GPU_PAYLOADS)}
+    calls["resumed"] = (rank_resumes, {"folder": folder / "bfloat16 8-bit", **GPU_VARIANTS["bfloat16 8-bit"]})
+    return in_ranks(2, calls)
+
+
+@pytest.fixture(scope="module")
+def one_gpu(folder, two_gpus):
+    without = ("fsdp2_options", "save_steps")
+    runs = {name: {k: v for k, v in more.items() if k not in without} for name, more in GPU_VARIANTS.items()}
+    return in_ranks(1, {n: (rank_trains, {"folder": folder / f"1 {n}", "ranks": 1, **m}) for n, m in runs.items()})[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", GPU_VARIANTS)
+def test_two_gpus_equal_one(one_gpu, two_gpus, variant):
+    dtype = GPU_VARIANTS[variant].get("dtype", "float32")
+    if dtype == "float32":
+        check_losses(two_gpus[0][variant], one_gpu[variant])
+    pairs = zip(two_gpus[0][variant]["losses"], one_gpu[variant]["losses"], strict=True)
+    assert max(abs(a - b) / abs(b) for a, b in pairs) <= TOLERANCE[dtype]
+    check_shards([rank[variant] for rank in two_gpus])
+    assert two_gpus[0][variant]["breaks"] == 0, two_gpus[0][variant]["reasons"]
+    if "offload" in GPU_VARIANTS[variant].get("fsdp2_options", ""):
+        assert two_gpus[0][variant]["devices"] == {"cpu"}
+
+
+@pytest.mark.gpu
+def test_gpus_gather_the_loaded_bytes(two_gpus):
+    for i, payload in enumerate(GPU_PAYLOADS):
+        for rank in two_gpus:
+            changed = rank[f"bytes {i}"]
+            assert len(changed) > 60 and not any(changed.values()), (payload, {k: v for k, v in changed.items() if v})
+
+
+@pytest.mark.gpu
+def test_gpus_resume(one_gpu, two_gpus):
+    pairs = zip(two_gpus[0]["resumed"]["losses"], two_gpus[0]["bfloat16 8-bit"]["losses"], strict=True)
+    assert max(abs(a - b) / abs(b) for a, b in pairs) <= TOLERANCE["float32"]
+
+
+if __name__ == "__main__" and sys.argv[1] == "dies":
+    with clipped_at(0.1):
+        train(arguments(sys.argv[2], 2, save_steps=2), callbacks=[Dies()])
