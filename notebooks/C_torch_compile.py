@@ -90,14 +90,20 @@ print(Path("helpers/compile_stock.py").read_text().split('"""', 2)[2])
 import json
 
 
-def stock(what):
-    """Runs the script above; returns what it counted. Its logs are in C_logs_<what>.txt."""
-    log = results.folder / f"C_logs_{what}.txt"
+def start(what):
+    """Starts the script above; its logs go to C_logs_<what>.txt."""
     command = [sys.executable, "-m", "helpers.compile_stock", what, "--model", MODEL, "--dataset", DATASET,
                "--steps", str(BASELINE_STEPS)]  # fmt: skip
-    with open(log, "w") as file:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, check=True)
-    counts = json.loads(done.stdout.splitlines()[-1])
+    with open(results.folder / f"C_logs_{what}.txt", "w") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def counts_of(what, process):
+    """What it counted, when it has ended."""
+    output, _ = process.communicate()
+    log = results.folder / f"C_logs_{what}.txt"
+    assert process.returncode == 0, log.read_text()[-2000:]
+    counts = json.loads(output.splitlines()[-1])
     print(f"{what}: {counts['compiles']} compiles, {counts['graph_breaks']} graph breaks, {counts['recompiles']} recompiles; "
           f"first step {counts['steps_s'][0] if counts['steps_s'] else 0:.1f} s; {len(log.read_text().splitlines())} lines in {log.name}")
     for reason in counts["reasons"]:
@@ -107,14 +113,15 @@ def stock(what):
     return counts
 
 
-as_set = stock("mlp")
+processes = {what: start(what) for what in ("mlp", "model")}
+as_set = counts_of("mlp", processes["mlp"])
 
 # %% [markdown]
 # The MLP alone compiles by now without a break (bitsandbytes has become an operator that Dynamo sees through), but it is one
 # module of many. The whole model does break. Only traced here, not compiled, so that it gets to the end:
 
 # %%
-whole = stock("model")
+whole = counts_of("model", processes["model"])
 
 # %% [markdown]
 # ## Ours: regions, compiled in place
