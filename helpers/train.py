@@ -366,7 +366,7 @@ def _decided(args: TrainArguments) -> TrainArguments:
     if values["attention"] not in ATTENTIONS:
         raise ValueError(f"--attention {args.attention!r} is not one of {', '.join(ATTENTIONS)}")
     if args.fsdp2 and args.loss == "trl":
-        raise ValueError("--loss trl reads the head's weight past FSDP2, which shards it; use --loss full with --fsdp2")
+        raise ValueError("--loss trl reads the head's weight past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
     if values["compile"] and values["loss"] == "full":
         raise ValueError("--compile never makes all logits, as --loss full asks: give --loss chunked, or leave one out")
