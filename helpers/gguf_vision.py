@@ -379,6 +379,10 @@ def _tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
     bpe, added = description["model"], tokenizer.added_tokens_decoder
     if bpe["type"] != "BPE":
         raise ValueError(f"a {bpe['type']} tokenizer cannot be exported; byte-level and sentencepiece BPE can")
+    steps = list(_steps(description["pre_tokenizer"]))
+    byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    if not byte_level and "<0x00>" not in tokenizer.get_vocab():
+        raise ValueError("the tokenizer is neither byte-level BPE nor sentencepiece BPE with bytes to fall back on")
     pieces = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(pieces) >= vocab_size:
         raise ValueError(f"the tokenizer has token {max(pieces)}, the model only {vocab_size}; resize its embeddings")
@@ -389,14 +393,14 @@ def _tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
             kind = TokenType.UNUSED
         elif i in added:
             kind = TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", tokens[-1]) and bpe.get("byte_fallback"):
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", tokens[-1]) and not byte_level:
             kind = TokenType.BYTE
         else:
             kind = TokenType.NORMAL
         kinds.append(int(kind))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
     values: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
-    if bpe.get("byte_fallback"):
+    if not byte_level:
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(merges):  # sentencepiece's scores only rank: the earliest merge wins
             ranks.setdefault(pair.replace(" ", ""), rank)
@@ -406,7 +410,7 @@ def _tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
             "tokenizer.ggml.scores": [-float(ranks.get(token, len(merges))) for token in tokens],
         }
     else:
-        values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(description["pre_tokenizer"])}
+        values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(steps)}
         values["tokenizer.ggml.merges"] = merges
     for key, token in (
         ("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)
@@ -419,15 +423,16 @@ def _tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
     return values
 
 
-def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
-    def parts(node: Any) -> Iterator[dict]:
-        if isinstance(node, dict):
-            yield node
-            for child in node.get("pretokenizers", ()):
-                yield from parts(child)
+def _steps(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if pre_tokenizer:
+        yield pre_tokenizer
+        for step in pre_tokenizer.get("pretokenizers", ()):
+            yield from _steps(step)
 
-    regex = next((node["pattern"].get("Regex") for node in parts(pre_tokenizer) if node["type"] == "Split"), None)
-    digits = any(node["type"] == "Digits" for node in parts(pre_tokenizer))
+
+def _split_name(steps: list[dict[str, Any]]) -> str:
+    regex = next((step["pattern"].get("Regex") for step in steps if step["type"] == "Split"), None)
+    digits = any(step["type"] == "Digits" for step in steps)
     if (regex, digits) not in SPLITS:
         raise ValueError(f"llama.cpp has no name that we know for a tokenizer that splits text by {regex!r}")
     return SPLITS[regex, digits]

@@ -171,6 +171,8 @@ def draw_labels(
         for learned, run in itertools.groupby(group, lambda pair: pair[1] != IGNORE):
             text = processor.tokenizer.decode([token for token, _ in run]).replace("\n", "↵")
             pieces.append((text, "learned" if learned else "masked"))
+    # A monospace character is 0.602 of its font size wide: as large as fills the figure.
+    size = 0.95 * axes.figure.get_size_inches()[0] * 72 / (width * 0.602)
     looks = {"learned": ("black", "#b7e4b0"), "masked": ("#8a8a8a", "#ffffff"), "image": ("#1f4e99", "#d5e3f7")}
     line = column = 0
     for text, look in pieces:
@@ -178,7 +180,7 @@ def draw_labels(
             part, text = text[: width - column], text[width - column :]
             color, ground = looks[look]
             axes.text(
-                column, -line, part.replace("$", r"\$"), family="monospace", fontsize=7, color=color, va="top",
+                column, -line, part.replace("$", r"\$"), family="monospace", fontsize=size, color=color, va="top",
                 bbox={"facecolor": ground, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
             column += len(part)

@@ -74,6 +74,7 @@ def quantised_llava(text: str = "tiny") -> tuple[torch.nn.Module, VisionProcesso
     if text == "smollm2":
         words = AutoTokenizer.from_pretrained(embedded_folder())
         words.chat_template = tiny_vision.chat_template("smollm2")
+        words.eos_token, words.pad_token = "<|im_end|>", "<|endoftext|>"  # what the conversations end with
         # A special token of SmolLM2's that no conversation uses stands for images.
         processor = tiny_vision.processor("llava_siglip", words, image_token="<file_sep>")
         real = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
