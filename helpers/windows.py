@@ -1,13 +1,13 @@
 """Would the pinned set work on Windows? Asked without one: resolve it, unpack its wheels, and follow every import.
 
-    python3 -m helpers.windows [--python 3.12] [--without NAME] [--cuda]
+    python3 -m helpers.windows [--python 3.12] [--cuda]
 
 For each Python the requirements are resolved for win_amd64 from wheels alone, beside ``unsloth`` and ``xformers``; the
 wheels are unpacked (uv does both, as it would on Windows); each requirement's own requirements must be there; and each
 DLL that a ``.pyd`` or ``.dll`` imports must come from a wheel of the set, from Python, from Windows or from a
-prerequisite that is named, and must export the very functions that are imported from it. Nothing is executed. PyPI's
-torch for Windows is a CPU build: what the CUDA build adds is taken on its word, unless ``--cuda`` fetches that build
-(2.5 GB) from PyTorch's own index.
+prerequisite that is named, and must export the very functions that are imported from it. The same set with one of the
+`NEEDED` wheels taken out must be refused. Nothing is executed. PyPI's torch for Windows is a CPU build: what the CUDA
+build adds is taken on its word, unless ``--cuda`` fetches that build (2.5 GB) from PyTorch's own index.
 """
 
 from __future__ import annotations
@@ -200,31 +200,48 @@ def unmet_requirements(installed: Iterable[Distribution], needed: Iterable[str],
     return faults
 
 
-def check(
-    folder: Path, python: str, needed: Iterable[str] = NEEDED, promised: Iterable[str] = CUDA_TORCH
-) -> tuple[list[str], dict[str, set[str]], int]:
-    """Faults of an unpacked set, prerequisites outside it, and the number of binaries that were read."""
-    faults, binaries = unmet_requirements(_installed(folder), needed, python), {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in (".pyd", ".dll"):
-            continue
-        name = path.relative_to(folder).as_posix()
-        if name not in THIS_MACHINE and any(fnmatch.fnmatch(name, pattern) for pattern in OTHER_MACHINES):
-            continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                binaries[name] = read_binary(data)
-            except NotAPortableExecutable as error:
-                faults.append(f"{name}: {error}")
-    unmet, wanted = unmet_imports(binaries, promised)
-    return faults + unmet, wanted, len(binaries)
+@dataclass
+class WheelSet:
+    """An unpacked set: its packages, its binaries by path, and what could not be read."""
+
+    packages: list[Distribution]
+    binaries: dict[str, Binary]
+    unreadable: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> WheelSet:
+        """Read every ``.pyd`` and ``.dll`` below ``folder`` that this kind of machine could load."""
+        found = cls(list(distributions(path=[str(folder)])), {})
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            other = name not in THIS_MACHINE and any(fnmatch.fnmatch(name, pattern) for pattern in OTHER_MACHINES)
+            if path.suffix.lower() not in (".pyd", ".dll") or other:
+                continue
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                try:
+                    found.binaries[name] = read_binary(data)
+                except NotAPortableExecutable as error:
+                    found.unreadable.append(f"{name}: {error}")
+        return found
+
+    def without(self, package: str) -> WheelSet:
+        """The set with one wheel taken out."""
+        gone = {file.as_posix() for d in self.packages if d.name.lower() == package for file in d.files or ()}
+        kept = {name: binary for name, binary in self.binaries.items() if name not in gone}
+        return WheelSet([d for d in self.packages if d.name.lower() != package], kept, self.unreadable)
+
+    def check(
+        self, python: str, needed: Iterable[str] = NEEDED, promised: Iterable[str] = CUDA_TORCH
+    ) -> tuple[list[str], dict[str, set[str]]]:
+        """Faults (none: the set is whole), and the prerequisites outside it with the files that want them."""
+        unmet, wanted = unmet_imports(self.binaries, promised)
+        return self.unreadable + unmet_requirements(self.packages, needed, python) + unmet, wanted
 
 
-def unpack(folder: Path, python: str, without: Iterable[str] = (), cuda: bool = False) -> None:
+def unpack(folder: Path, python: str, cuda: bool = False) -> None:
     """Resolve requirements.txt and `BESIDE` for Windows and ``python`` from wheels alone, and unpack them.
 
     Args:
-        without: packages that are taken out again.
         cuda: take torch from `CUDA_INDEX` instead of PyPI.
 
     Raises:
@@ -238,12 +255,6 @@ def unpack(folder: Path, python: str, without: Iterable[str] = (), cuda: bool = 
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"no set of wheels for Windows and Python {python}: {done.stderr.strip()[-800:]}")
-    for name in without:
-        found = [d for d in _installed(folder) if d.name.lower() == name.lower()]
-        if not found:
-            raise ValueError(f"--without {name}: the set has no such package")
-        for file in found[0].files or ():
-            Path(found[0].locate_file(file)).unlink(missing_ok=True)
 
 
 def missing_here() -> list[tuple[str, str]]:
@@ -262,10 +273,6 @@ def missing_here() -> list[tuple[str, str]]:
         except OSError:
             missing.append((name, step))
     return missing
-
-
-def _installed(folder: Path) -> list[Distribution]:
-    return [d for d in distributions(path=[str(folder)]) if d.metadata["Name"]]  # a removed one leaves its folder
 
 
 def _outside(dll: str) -> str | None:
@@ -298,25 +305,31 @@ def _uv() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m helpers.windows", description=__doc__.split("\n")[0])
     parser.add_argument("--python", choices=PYTHONS, action="append", help="all of them by default")
-    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="take this wheel out first")
     parser.add_argument("--cuda", action="store_true", help=f"with torch from {CUDA_INDEX}, nothing taken on its word")
     args = parser.parse_args(argv)
     failed = False
     for python in args.python or PYTHONS:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             try:
-                unpack(Path(scratch), python, args.without, args.cuda)
+                unpack(Path(scratch), python, args.cuda)
             except ValueError as error:
                 print(f"FAIL  Python {python}: {error}")
                 failed = True
                 continue
-            faults, wanted, count = check(Path(scratch), python, promised=() if args.cuda else CUDA_TORCH)
-            kept = {d.name.lower(): d.version for d in _installed(Path(scratch))}
+            wheels = WheelSet.of(Path(scratch))
+            versions = {d.name.lower(): d.version for d in wheels.packages}
+            promised = () if args.cuda else CUDA_TORCH
+            faults, wanted = wheels.check(python, promised=promised)
+            refused = {name: wheels.without(name).check(python, promised=promised)[0] for name in NEEDED}
+        faults += [f"the set without {name} is accepted too" for name, found in refused.items() if not found]
         failed |= bool(faults)
-        pieces = ", ".join(f"{name} {kept.get(name, 'MISSING')}" for name in NEEDED)
-        print(f"{'FAIL' if faults else 'PASS'}  Python {python}: {len(kept)} wheels, {count} binaries; {pieces}")
+        pieces = ", ".join(f"{name} {versions.get(name, 'MISSING')}" for name in NEEDED)
+        count = f"{len(versions)} wheels, {len(wheels.binaries)} binaries"
+        print(f"{'FAIL' if faults else 'PASS'}  Python {python}: {count}; {pieces}")
         for fault in faults:
             print(f"      {fault}")
+        for name, found in refused.items():
+            print(f"      without {name} refused for {len(found)} reasons, as: {(found or [''])[-1]}")
         for source, paths in sorted(wanted.items()):
             print(f"      from {source}: wanted by {len(paths)}, as {min(paths)}")
     return 1 if failed else 0

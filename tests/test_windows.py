@@ -105,6 +105,7 @@ def unpacked(tmp_path):
         for path, data in (files or {}).items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_bytes(data)
+        (info / "RECORD").write_text("".join(f"{path},,\n" for path in files or {}))
 
     wheel("torch", files={"torch/lib/torch_cpu.dll": binary(exports=["add"])})
     wheel("triton-windows", files={"triton/_C/libtriton.pyd": binary({"python312.dll": ["PyInit"]})})
@@ -116,16 +117,19 @@ def unpacked(tmp_path):
     return tmp_path
 
 
-def test_a_set_with_one_wheel_taken_out_fails(unpacked):
+def test_a_set_with_one_wheel_taken_out_is_refused(unpacked):
     needed = ("fast", "triton-windows")
-    faults, wanted, count = windows.check(unpacked, "3.12", needed)
-    assert (faults, list(wanted), count) == ([], ["Python"], 3)
-    (unpacked / "torch/lib/torch_cpu.dll").unlink()
-    assert any("torch_cpu.dll, which no wheel" in fault for fault in windows.check(unpacked, "3.12", needed)[0])
-    (unpacked / "triton_windows-1.0.dist-info" / "METADATA").unlink()
-    faults = windows.check(unpacked, "3.12", needed)[0]
+    wheels = windows.WheelSet.of(unpacked)
+    faults, wanted = wheels.check("3.12", needed)
+    assert (faults, list(wanted), len(wheels.binaries)) == ([], ["Python"], 3)
+    faults, _ = wheels.without("torch").check("3.12", needed)
+    assert any("fast 1.0 needs torch" in fault for fault in faults)
+    assert any("fast/_C.pyd imports torch_cpu.dll, which no wheel" in fault for fault in faults)
+    faults, _ = wheels.without("triton-windows").check("3.12", needed)
     assert any("triton-windows is needed, and there is no wheel" in fault for fault in faults)
     assert any(re.search(r"fast 1.0 needs triton-windows.* there is None", fault) for fault in faults)
+    (unpacked / "torch/lib/torch_cpu.dll").write_bytes(b"not a binary" * 20)
+    assert any("no PE header" in fault for fault in windows.WheelSet.of(unpacked).check("3.12", needed)[0])
 
 
 def test_pins_say_triton_for_each_system():
