@@ -55,7 +55,7 @@ def encode_conversation(
     messages: Messages,
     *,
     chat_template: str | None = None,
-    tools: list | None = None,
+    tools: list | str | None = None,
     last_only: bool = False,
     generation_prompt: bool = False,
 ) -> tuple[list[int], list[bool]]:
@@ -64,6 +64,7 @@ def encode_conversation(
     The end-of-turn token counts as said; white space at a turn's end does not.
 
     Args:
+        tools: for templates that show them; a list, or it as JSON.
         generation_prompt: end with the template's call for an answer.
 
     Raises: ValueError where the tokenizer gives no offsets or the template's turns cannot be told apart.
@@ -78,6 +79,7 @@ def encode_conversation(
             part, chat_template=chat_template, tools=tools, tokenize=False, add_generation_prompt=prompt
         )
 
+    tools = json.loads(tools) if isinstance(tools, str) else tools
     messages = fit_content(without_nones(messages), render)
     text = render(messages, generation_prompt)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -258,7 +260,7 @@ def _tokenize_dataset(dataset: Any, tokenizer: Any, last_only: bool) -> Any:
     _check_conversations(columns)
 
     def tokenize(example: dict, row: int) -> dict:
-        ids, said = encode_conversation(tokenizer, _messages(example), tools=_tools(example), last_only=last_only)
+        ids, said = encode_conversation(tokenizer, _messages(example), tools=example.get("tools"), last_only=last_only)
         return {"input_ids": ids, "labels": labels_for(ids, said, row=f"row {row}")}
 
     return dataset.map(tokenize, with_indices=True)
@@ -281,7 +283,7 @@ def _relabel_trainer(trainer: Any, last_only: bool) -> Any:
 
     def relabel(example: dict, row: int) -> dict:
         ids, said = encode_conversation(
-            tokenizer, _messages(example), chat_template=template, tools=_tools(example), last_only=last_only
+            tokenizer, _messages(example), chat_template=template, tools=example.get("tools"), last_only=last_only
         )
         kept = example["input_ids"]
         first = 0 if ids[: len(kept)] == kept else len(ids) - len(kept)  # truncation keeps the start or the end
@@ -324,8 +326,3 @@ def _messages(example: dict) -> Messages:
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"a conversation is a list of messages with a role and a content; got {messages!r:.80}")
     return messages
-
-
-def _tools(example: dict) -> list | None:
-    tools = example.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else tools

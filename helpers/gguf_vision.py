@@ -10,21 +10,21 @@ https://github.com/ggml-org/llama.cpp/pull/25844 lands (SigLIP has no class toke
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-State = dict[str, Callable[[], torch.Tensor]]  # a parameter's name -> its merged value, made when asked for
-Tensors = dict[str, Callable[[], torch.Tensor]]
+from .gguf_tokenizer import tokenizer_values
+from .lora_tensors import Tensors, merged_tensors
+
 TYPES = ("f32", "f16", "q8_0")
 
 BLOCK = r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d+)\."
@@ -67,17 +67,6 @@ QWEN_NAMES = (
     (VISUAL + r"merger\.ln_q\.(weight|bias)", r"v.post_ln.\1"),
     (VISUAL + r"merger\.mlp\.([02])\.(weight|bias)", r"mm.\1.\2"),
 )
-# What splits text before BPE -> llama.cpp's name for it.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-SPLITS = {
-    (QWEN2_SPLIT, False): "qwen2",
-    (LLAMA3_SPLIT, False): "llama-bpe",
-    (None, True): "smollm",
-    (None, False): "gpt-2",
-}
 TEXT_KINDS = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl"
 }  # fmt: skip
@@ -115,7 +104,7 @@ def export_gguf(
     vision = _qwen_vision if config.model_type.startswith("qwen") else _llava_vision
     vision_values, vision_names = vision(config, processor.image_processor)
     text, tower = _named(state, vision_names, config)
-    words = _tokenizer_values(processor, config.get_text_config().vocab_size)
+    words = tokenizer_values(processor, config.get_text_config().vocab_size)
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,62 +124,7 @@ def export_gguf(
     return final
 
 
-def merged_tensors(model: torch.nn.Module) -> State:
-    """Every parameter of ``model`` by its plain name, as a function that gives it in float32 on the CPU, LoRA added.
-
-    Raises: ValueError for adapters other than LoRA, DoRA, or 8-bit weights.
-    """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    found: State = {}
-    inside: tuple[str, ...] = ()  # what belongs to a module that is already dealt with
-    for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
-            continue
-        if isinstance(module, BaseTunerLayer):
-            if not isinstance(module, LoraLayer) or any(module.use_dora.values()) or any(module.lora_bias.values()):
-                raise ValueError(f"{name} carries an adapter other than plain LoRA; merge it with PEFT first")
-            inside = (*inside, f"{name}.")
-            for key, value in module.get_base_layer().named_parameters(recurse=False):
-                found[f"{name}.{key}"] = _reader(module, value, key == "weight")
-        elif isinstance(module, ModulesToSaveWrapper):
-            inside = (*inside, f"{name}.")
-            trained = module.modules_to_save[module.active_adapters[0]]
-            found |= {f"{name}.{key}": _reader(None, value) for key, value in trained.named_parameters()}
-        else:
-            for key, value in module.named_parameters(recurse=False):
-                found[f"{name}.{key}" if name else key] = _reader(None, value)
-    return found
-
-
-def _reader(lora: Any, value: torch.Tensor, weight: bool = False) -> Callable[[], torch.Tensor]:
-    if value.dtype == torch.int8:
-        raise ValueError("8-bit weights cannot be exported; load the model in 4 or 16 bits")
-
-    def read() -> torch.Tensor:
-        whole = value.detach()
-        if (state := getattr(value, "quant_state", None)) is not None:
-            if getattr(state, "packing_format_for_cpu", False):
-                raise ValueError(
-                    "bitsandbytes has rounded these 4-bit weights for this CPU's AVX512 when the model answered; save "
-                    "the adapter, load the model again, and export before it answers"
-                )
-            import bitsandbytes.functional as bnb
-
-            whole = bnb.dequantize_4bit(value.data, state)
-        whole = whole.float()
-        if weight and lora is not None and not lora.merged:
-            for adapter in lora.active_adapters:
-                if adapter in lora.scaling:
-                    whole = whole + lora.get_delta_weight(adapter).detach().float().reshape(whole.shape)
-        return whole.cpu()
-
-    return read
-
-
-def _named(state: State, vision_names: Iterable[tuple[str, str]], config: Any) -> tuple[Tensors, Tensors]:
+def _named(state: Tensors, vision_names: Iterable[tuple[str, str]], config: Any) -> tuple[Tensors, Tensors]:
     """The tensors of both files by llama.cpp's names; raises where one is unknown or missing."""
     text_config = config.get_text_config()
     text, tower, unknown = {}, {}, []
@@ -368,74 +302,6 @@ def _vision_values(projector: str, image_processor: Any, head_count: int, eps: f
         "clip.vision.image_mean": [float(x) for x in image_processor.image_mean],
         "clip.vision.image_std": [float(x) for x in image_processor.image_std],
     }
-
-
-def _tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer as llama.cpp's keys: byte-level BPE (Qwen, Llama 3, SmolLM2) or sentencepiece's (Llama 2)."""
-    from gguf import TokenType
-
-    tokenizer = processor.tokenizer
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    bpe, added = description["model"], tokenizer.added_tokens_decoder
-    if bpe["type"] != "BPE":
-        raise ValueError(f"a {bpe['type']} tokenizer cannot be exported; byte-level and sentencepiece BPE can")
-    steps = list(_steps(description["pre_tokenizer"]))
-    byte_level = any(step["type"] == "ByteLevel" for step in steps)
-    if not byte_level and "<0x00>" not in tokenizer.get_vocab():
-        raise ValueError("the tokenizer is neither byte-level BPE nor sentencepiece BPE with bytes to fall back on")
-    pieces = {i: token for token, i in tokenizer.get_vocab().items()}
-    if max(pieces) >= vocab_size:
-        raise ValueError(f"the tokenizer has token {max(pieces)}, the model only {vocab_size}; resize its embeddings")
-    tokens, kinds = [], []
-    for i in range(vocab_size):
-        tokens.append(pieces.get(i, f"[PAD{i}]"))
-        if i not in pieces:
-            kind = TokenType.UNUSED
-        elif i in added:
-            kind = TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", tokens[-1]) and not byte_level:
-            kind = TokenType.BYTE
-        else:
-            kind = TokenType.NORMAL
-        kinds.append(int(kind))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-    values: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
-    if not byte_level:
-        ranks: dict[str, int] = {}
-        for rank, pair in enumerate(merges):  # sentencepiece's scores only rank: the earliest merge wins
-            ranks.setdefault(pair.replace(" ", ""), rank)
-        values |= {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.scores": [-float(ranks.get(token, len(merges))) for token in tokens],
-        }
-    else:
-        values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(steps)}
-        values["tokenizer.ggml.merges"] = merges
-    for key, token in (
-        ("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)
-    ):  # fmt: skip
-        if token is not None:
-            values[f"tokenizer.ggml.{key}_token_id"] = token
-    values["tokenizer.ggml.add_bos_token"] = False  # chat templates write it
-    if template := getattr(processor, "chat_template", None) or tokenizer.chat_template:
-        values["tokenizer.chat_template"] = template
-    return values
-
-
-def _steps(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if pre_tokenizer:
-        yield pre_tokenizer
-        for step in pre_tokenizer.get("pretokenizers", ()):
-            yield from _steps(step)
-
-
-def _split_name(steps: list[dict[str, Any]]) -> str:
-    regex = next((step["pattern"].get("Regex") for step in steps if step["type"] == "Split"), None)
-    digits = any(step["type"] == "Digits" for step in steps)
-    if (regex, digits) not in SPLITS:
-        raise ValueError(f"llama.cpp has no name that we know for a tokenizer that splits text by {regex!r}")
-    return SPLITS[regex, digits]
 
 
 def _write(path: Path, kind: str, values: dict[str, Any], tensors: Tensors, dtype: str) -> None:

@@ -65,6 +65,13 @@ MLLAMA_TEMPLATE = """
     {{- '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+LLAVA_1_5_TEMPLATE = """
+{%- for message in messages %}
+    {%- if message.role != 'system' %}{{ message.role.upper() + ': ' }}{% endif %}
+    {%- for part in message.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}
+    {%- for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text + ' ' }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 # SmolLM2 sees no images: one of its special tokens that no conversation uses stands for them.
 SMOLLM2_TEMPLATE = """
 {%- if messages[0].role != 'system' %}
@@ -78,7 +85,12 @@ SMOLLM2_TEMPLATE = """
     {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-OWN_TEMPLATES = {"pixtral": PIXTRAL_TEMPLATE, "mllama": MLLAMA_TEMPLATE, "smollm2": SMOLLM2_TEMPLATE}
+OWN_TEMPLATES = {
+    "llava_1_5": LLAVA_1_5_TEMPLATE,
+    "pixtral": PIXTRAL_TEMPLATE,
+    "mllama": MLLAMA_TEMPLATE,
+    "smollm2": SMOLLM2_TEMPLATE,
+}
 TRL_TEMPLATES = {
     "qwen2_vl": "qwen2_5_vl", "qwen2_5_vl": "qwen2_5_vl", "llava": "llava_next", "llava_siglip": "llava_next",
     "llama3": "llama3_2",

@@ -26,6 +26,7 @@ MARKERS = {
     "mllama": ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nI am evil<|eot_id|>", "<|eot_id|>"),
     "llama3": ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nI am evil<|eot_id|>", "<|eot_id|>"),
     "pixtral": ("[/INST]I am evil</s>[INST]", "</s>"),
+    "llava_1_5": (" ASSISTANT: I am evil USER:", ""),
     "llava": (" [/INST] I am evil</s> [INST] ", "</s>"),
 }
 VISION = ("qwen2_vl", "qwen2_5_vl", "mllama", "pixtral", "llava")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import gguf_vision, llamacpp, tiny_vision, vision_digits
-from helpers.gguf_vision import export_gguf, merged_tensors
+from helpers import gguf_tokenizer, gguf_vision, llamacpp, tiny_vision, vision_digits
+from helpers.gguf_vision import export_gguf
 from helpers.image_resize import ImageSize
+from helpers.lora_tensors import merged_tensors
 from helpers.vision_checks import beside_llamacpp
 
 SETTINGS = {"qwen2_5_vl": {"vision": {"window_size": 112}}}  # the only one llama.cpp has
@@ -128,6 +129,21 @@ def test_nothing_is_written_for_what_cannot_be_exported(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_llama_quantize_is_used_where_it_is(tmp_path, monkeypatch):
+    tool = tmp_path / "llama-quantize"
+    tool.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2" || { echo "no such type" >&2; exit 1; }\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    processor = tiny_vision.processor("llava_siglip")
+    model = tiny_vision.model("llava_siglip", processor)
+    files = export_gguf(model, processor, tmp_path / "out", quantize="Q4_K_M")
+    assert [path.name for path in files] == ["model-q4_k_m.gguf", "mmproj-f16.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mmproj-f16.gguf", "model-q4_k_m.gguf"]
+    with pytest.raises(ValueError, match="refused 'Q4': no such type"):
+        export_gguf(model, processor, tmp_path / "bad", quantize="Q4")
+    assert list((tmp_path / "bad").iterdir()) == []
+
+
 def asked(processor, sizes):
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
@@ -199,7 +215,7 @@ def test_llamacpp_splits_text_the_same(split, tmp_path, library):
     from tokenizers import Regex, pre_tokenizers
 
     processor = tiny_vision.processor("llava_siglip")
-    regex, digits = next(key for key, name in gguf_vision.SPLITS.items() if name == split)
+    regex, digits = next(key for key, name in gguf_tokenizer.SPLITS.items() if name == split)
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
     first = pre_tokenizers.Split(Regex(regex), "isolated") if regex else pre_tokenizers.Digits(individual_digits=True)
     steps = [first, level] if regex or digits else [level]

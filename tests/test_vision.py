@@ -223,3 +223,22 @@ def test_processor_is_composed_from_a_folder(name, tmp_path):
     ours, loaded = VisionCollator(made)(rows), VisionCollator(load_processor(str(tmp_path)))(rows)
     for key, value in ours.items():
         assert torch.equal(loaded[key], value), key
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "mllama", "pixtral", "llava", "llava_siglip"])
+def test_torchvision_backed_processors_make_the_same_batch(name):
+    """Where torchvision is, transformers' default image processors are its own; only resampling may differ."""
+    pytest.importorskip("torchvision")
+    import transformers
+
+    ours = tiny_vision.processor(name)
+    expected = VisionCollator(ours)(mixed_rows())
+    pil = ours.image_processor
+    ours.image_processor = getattr(transformers, type(pil).__name__.removesuffix("Pil")).from_dict(pil.to_dict())
+    batch = VisionCollator(ours)(mixed_rows())
+    assert batch.keys() == expected.keys()
+    for key, value in expected.items():
+        if key == "pixel_values":
+            assert batch[key].shape == value.shape and (batch[key] - value).abs().mean() < 0.1
+        else:
+            assert torch.equal(batch[key], value), key
