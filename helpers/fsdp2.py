@@ -249,9 +249,10 @@ def shard_trainer(trainer: Any, config: FSDP2Config) -> None:
     state = trainer.accelerator.state
     if not trainer.is_fsdp_enabled:
         # accelerate lists every accelerator as able to run FSDP and forgets the CPU (state.py, AcceleratorState).
+        from accelerate import PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-        state.distributed_type = DistributedType.FSDP
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # the first copies the second
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
         trainer.is_fsdp_enabled = True
 
