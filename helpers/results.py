@@ -152,7 +152,8 @@ def criteria_table(criteria: Iterable[Mapping[str, Any]]) -> str:
     lines = ["| | criterion | measured | bound | status |", "|---|---|---|---|---|"]
     for row in criteria:
         status = row["status"] + (f": {row['reason']}" if row["reason"] else "")
-        cells = (row["id"], row["text"], _shown(row), row["bound"], status)
+        bound = row["bound"].replace(" ", "\u00a0").replace("-", "\u2011")  # not to be broken over two lines
+        cells = (row["id"], row["text"], _shown(row), bound, status)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -49,7 +49,7 @@ def test_what_is_saved_and_shown(folder):
     assert saved["environment"]["versions"]["torch"] == torch.__version__
     assert [row["status"] for row in saved["criteria"]] == ["PASS", "NOT RUN"]
     shown = found.table().data.splitlines()
-    assert shown[2] == "| Q.fast | faster | 1.25 x | >= 1.15 | PASS |"
+    assert shown[2] == "| Q.fast | faster | 1.25 x | >=\u00a01.15 | PASS |"
     assert shown[3] == "| Q.t4 | on a T4 |  |  | NOT RUN: no T4 at hand |"
     assert {line.count("|") for line in shown} == {6}
     assert [path.name for path in folder.iterdir()] == ["Q_results.json"]
