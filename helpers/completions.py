@@ -151,6 +151,8 @@ def fit_content(messages: Messages, render: Callable[..., str]) -> Messages:
         shown = sum(text.strip() in rendered for message in messages for text in _texts(message))
         if shown > most:
             best, most = candidate, shown
+        if shown == sum(len(_texts(message)) for message in messages):
+            break
     if best is None:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
     return best
