@@ -40,15 +40,16 @@ class Case:
 
 
 def make_case(rows=ROWS, hidden=HIDDEN, vocabulary=VOCABULARY, trained=True, dtype=torch.bfloat16) -> Case:
-    """Random hidden states, head and labels on the GPU, one label in seven ignored."""
-    generator = torch.Generator("cuda").manual_seed(3407)
+    """Random hidden states, head and labels on the GPU, if there is one; one label in seven is ignored."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(3407)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     head = nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
     head.weight = nn.Parameter(randn(vocabulary, hidden).mul_(hidden**-0.5), requires_grad=trained)
-    labels = torch.randint(vocabulary, (rows,), generator=generator, device="cuda")
+    labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
     labels[::7] = IGNORED
     return Case(randn(rows, hidden).requires_grad_(), head, labels, int((labels != IGNORED).sum()))
 
