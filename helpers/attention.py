@@ -220,6 +220,20 @@ def _sdpa(q, k, v, mask, scale, softcap, dropout):
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Within, SDPA leaves out cuDNN's kernels, which plan anew for every length they meet: tens of ms each time.
+
+    PyTorch prefers them on Hopper. Over rows of many lengths the plans cost more than all the rest of a training step.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def _flex(q, k, v, mask, scale, softcap, dropout):
     block_mask = mask.block_mask(q.shape[0], q.shape[2], k.shape[2], q.device)
     if torch.compiler.is_compiling():

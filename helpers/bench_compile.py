@@ -28,7 +28,7 @@ from .memory import peak_gib
 from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_config, nf4_decoder
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
-WORDS = {"eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cpp", "filter"}
+WORDS = {"eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter"}
 
 
 class Clock(TrainerCallback):
@@ -81,6 +81,7 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
     arguments.checkpointing = "checkpointing" in words
     arguments.nf4 = "bitsandbytes" if "bitsandbytes" in words else arguments.nf4
     arguments.loss = "chunked" if "compiled" in words else "trl" if torch.cuda.is_available() else "full"
+    arguments.optimizer = "adamw_torch_fused" if "compiled" in words else arguments.optimizer
     torch.manual_seed(arguments.seed)
     base = checkpoints.load_base(arguments.model, DTYPES[arguments.dtype])
     rows = load_instructions(arguments.dataset, vocab_size=base.model.config.vocab_size, seed=arguments.seed)
@@ -118,11 +119,10 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     options = {}
-    if "cpp" in words:
-        options["cpp_wrapper"] = True
     if "filter" in words:
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     with compile_model(model, max_autotune="autotune" in words, options=options):
+        torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
         yield
 
 

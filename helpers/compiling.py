@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
-from .attention import one_graph
+from .attention import one_graph, without_cudnn
 from .linear_loss import IGNORED
 from .loss_functions import causal_lm_loss
 
@@ -86,6 +86,7 @@ def compile_model(
     compiled = CompiledModel()
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
+        stack.enter_context(without_cudnn())
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
         if max_autotune:

@@ -403,5 +403,6 @@ def smollm2():
     base = checkpoints.load_base("embedded", torch.float16)
     model = checkpoints.attach_lora(base.model, 8).train()
     text = ["Attention is a weighted sum of values.", "The weights come from queries and keys, " * 8]
+    base.tokenizer.pad_token = base.tokenizer.eos_token
     batch = base.tokenizer(text, return_tensors="pt", padding=True).to("cuda")
     return model, batch["input_ids"], batch["attention_mask"]
