@@ -211,7 +211,7 @@ def _sdpa(q, k, v, mask, scale, softcap, dropout):
     elif mask.causal and not (mask.q_offset is None and q_len == 1):
         dense = mask.dense(q_len, kv_len, q.device)
     # Shared heads reach only the flash kernel; the others would fall back to materialised scores.
-    shared = q.is_cuda and dense is None and q.dtype in HALF and device_capability(q.device.index or 0) >= (8, 0)
+    shared = q.is_cuda and dense is None and q.dtype in HALF and _is_ampere(q.device.index or 0)
     if not shared:
         k, v = _expanded(q, k), _expanded(q, v)
     return F.scaled_dot_product_attention(
@@ -253,7 +253,7 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
     options = None
     if q.is_cuda:
         options = {"FORCE_USE_FLEX_ATTENTION": True}
-        if device_capability(q.device.index or 0) < (8, 0):  # FMA code: the default tile spills (measured on sm_75 PTX)
+        if not _is_ampere(q.device.index or 0):  # FMA code: the default tile spills (measured on sm_75 PTX)
             options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}
     return flex_attention(
         q, k, v, score_mod, block_mask, scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
@@ -336,6 +336,12 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 @torch.compiler.assume_constant_result
 def device_capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere(device_index: int) -> bool:
+    # Of capability 8.0 or later. Dynamo of torch 2.11 cannot guard the comparison of two tuples within a checkpoint.
+    return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
 def _module(name: str) -> ModuleType | None:
