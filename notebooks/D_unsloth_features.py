@@ -430,9 +430,9 @@ rows = bench_attention.flex_at_many_lengths(lengths, device, default_dtype())
 print(f"{len(lengths)} lengths from {min(lengths)} to {max(lengths)}: "
       f"{rows[-1]['usual']} graphs the usual way, {rows[-1]['ours']} ours")
 results.metric("graphs over random lengths, the usual way", rows[-1]["usual"], "graphs")
-results.criterion("D.4.graphs", f"FlexAttention graphs over {len(lengths)} random lengths and four masks", rows[-1]["ours"], "<= 4")
+results.criterion("D4.graphs", f"FlexAttention graphs over {len(lengths)} random lengths and four masks", rows[-1]["ours"], "<= 4")
 worst = max(row["error"] for row in rows)
-results.criterion("D.4.exact", "worst difference from float64, all lengths and masks", worst, "<= 2e-2" if GPU else "<= 1e-5")
+results.criterion("D4.exact", "worst difference from float64, all lengths and masks", worst, "<= 2e-2" if GPU else "<= 1e-5")
 
 # %%
 import matplotlib.pyplot as plt
@@ -444,7 +444,7 @@ axis.set(xlabel="random lengths seen", ylabel="graphs compiled", title=f"FlexAtt
 axis.set_ylim(bottom=0)
 axis.legend()
 fig.tight_layout()
-save_figure(fig, "D_flex_graphs", rows)
+save_figure(fig, "D4_flex_graphs", rows)
 
 # %% [markdown]
 # **In a model:** `attn_implementation="qlora_flex"` on a stock Mistral with a sliding window. Three texts packed into one
@@ -481,13 +481,13 @@ with torch.no_grad():
     alone = torch.cat([model(text, use_cache=False).logits for text in texts], 1)
     model.set_attn_implementation("qlora_flex")
     difference = (model(**packed).logits - alone).abs().max().item()
-results.criterion("D.4.packed", "packed row and window against each text alone, logits", difference, "<= 1e-3")
+results.criterion("D4.packed", "packed row and window against each text alone, logits", difference, "<= 1e-3")
 if GPU:
     ours, stock = gradient_of("qlora_flex"), gradient_of("sdpa")
     difference = ((ours - stock).norm() / stock.norm()).item()
-    results.criterion("D.4.gradients", "gradients of the packed row against sdpa, relative", difference, "<= 1e-3")
+    results.criterion("D4.gradients", "gradients of the packed row against sdpa, relative", difference, "<= 1e-3")
 else:
-    results.not_run("D.4.gradients", "gradients of the packed row against sdpa", "FlexAttention's backward pass needs a GPU")
+    results.not_run("D4.gradients", "gradients of the packed row against sdpa", "FlexAttention's backward pass needs a GPU")
 
 # %% [markdown]
 # ## 5. Sequence classification (1 point)
@@ -532,7 +532,7 @@ with torch.no_grad(), classification.patch(quantize=False, attention="sdpa"):
 ends = (mask.sum(1) - 1).tolist()
 found = {name: [int((every[i] - logits[i]).abs().sum(-1).argmin()) for i in range(2)] for name, logits in pooled.items()}
 print(f"texts end at positions {ends}; stock pools {found['stock']}, ours {found['ours']}")
-results.criterion("D.5.pooling", "texts pooled at their end where padding is the end-of-text token", found["ours"] == ends)
+results.criterion("D5.pooling", "texts pooled at their end where padding is the end-of-text token", found["ours"] == ends)
 
 # %% [markdown]
 # **Where stock is right, ours equals it:** loss and every gradient, for one label, several labels and a number, padded left
@@ -561,7 +561,7 @@ for options, labels in kinds.values():
                 loss.backward()
                 steps.append(torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters())]))
         worst = max(worst, (steps[0] - steps[1]).abs().max().item())
-results.criterion("D.5.parity", "loss and gradients against stock: 3 kinds of label, left and right padding, worst", worst, "<= 1e-5")
+results.criterion("D5.parity", "loss and gradients against stock: 3 kinds of label, left and right padding, worst", worst, "<= 1e-5")
 
 # %% [markdown]
 # **A real task:** the Berkeley function-calling questions, each with its functions. Does one of them answer the question, or
@@ -627,15 +627,15 @@ for i in (0, 1):
 axis.set(xticks=(0, 1), yticks=(0, 1), xticklabels=names, yticklabels=names, xlabel="guess", ylabel="truth")
 axis.set_title(f"accuracy {accuracy:.3f}, majority class {majority:.3f}\n{len(truth)} unseen questions, {host.machine()}", fontsize=9)
 fig.tight_layout()
-save_figure(fig, "D_classification_confusion", rows)
+save_figure(fig, "D5_confusion", rows)
 
 # %%
 results.metric("call or not: accuracy on unseen functions", accuracy, "")
 results.metric("call or not: share of the majority class", majority, "")
 if GPU:
-    results.criterion("D.5.task", f"call or not on unseen functions: accuracy above the majority class ({majority:.3f})", accuracy - majority, "> 0.05")
+    results.criterion("D5.task", f"call or not on unseen functions: accuracy above the majority class ({majority:.3f})", accuracy - majority, "> 0.05")
 else:
-    results.not_run("D.5.task", "call or not on unseen functions: accuracy above the majority class", "training to that point needs a GPU")
+    results.not_run("D5.task", "call or not on unseen functions: accuracy above the majority class", "training to that point needs a GPU")
 
 # %% [markdown]
 # **Saved and loaded by plain transformers and PEFT.** The patch is closed, so nothing of ours is left in either model.
@@ -654,7 +654,7 @@ plain = AutoModelForSequenceClassification.from_pretrained(
 plain = PeftModel.from_pretrained(plain, folder).to(model.device).eval()
 with torch.no_grad():
     before, after = model(**batch).logits.float(), plain(**batch).logits.float()
-results.criterion("D.5.reload", "logits after saving and loading in plain transformers, largest difference", (before - after).abs().max().item(),
+results.criterion("D5.reload", "logits after saving and loading in plain transformers, largest difference", (before - after).abs().max().item(),
                   "<= 1e-6" if GPU else "<= 1e-3")  # on a CPU bitsandbytes repacks weights for inference, which costs bits
 del model, plain, trainer
 
@@ -716,7 +716,7 @@ for row in rows:
 ran = [row for row in rows if not row["reason"]]
 worst = max(max(row["forward"], row["gradient"]) for row in ran)
 results.metric("attention backends that ran", len({row["backend"] for row in ran}), "backends")
-results.criterion("D.6.exact", "every backend and mask against float64, forward and gradients, worst relative", worst, "<= 2e-2" if GPU else "<= 1e-5")
+results.criterion("D6.exact", "every backend and mask against float64, forward and gradients, worst relative", worst, "<= 2e-2" if GPU else "<= 1e-5")
 
 # %% [markdown]
 # **In a stock model**, through transformers' registries: a few training steps under each name, same seed and rows, the
@@ -755,7 +755,7 @@ for name, backend in REGISTERED.items():
     worst = max(worst, *(abs(a - b) / b for a, b in zip(losses, stock, strict=True)))
     print(f"{name:16s} {' '.join(f'{loss:.5f}' for loss in losses)}")
 print(f"{'sdpa (stock)':16s} {' '.join(f'{loss:.5f}' for loss in stock)}")
-results.criterion("D.6.training", "training steps of a stock model under every name against sdpa, worst relative", worst, "<= 5e-3" if GPU else "<= 1e-5")
+results.criterion("D6.training", "training steps of a stock model under every name against sdpa, worst relative", worst, "<= 5e-3" if GPU else "<= 1e-5")
 
 # %% [markdown]
 # **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask. Left out on a CPU.
@@ -775,7 +775,7 @@ if GPU:
     axis.set(ylabel="ms, forward and backward", yscale="log", title=f"attention, 4,096 tokens, 32 heads over 8\n{host.machine()}")
     axis.legend(ncols=len(backends), fontsize=8)
     fig.tight_layout()
-    display(save_figure(fig, "D_attention_backends", rows))
+    display(save_figure(fig, "D6_backends", rows))
 
 # %% [markdown]
 # ## 7. Tool calling (1 point)
@@ -841,7 +841,7 @@ conversation = converse(lambda *_: next(script), tools, question, most_turns=len
 for message in conversation:
     print(f"{message['role']:9s} {message['content'][:100]}" + "".join(f" [{c['function']['name']}]" for c in message.get("tool_calls", ())))
 answers = [message["content"] for message in conversation if message["role"] == "tool"]
-results.criterion("D.7.safe", "five kinds of bad call answered with an error, two good ones run, none crashes",
+results.criterion("D7.safe", "five kinds of bad call answered with an error, two good ones run, none crashes",
                   sum('"error"' in a for a in answers) == 5 and sum('"result"' in a for a in answers) == 2)
 
 # %% [markdown]
@@ -926,7 +926,7 @@ for i, (old, new) in enumerate(scores.values()):
 right.set(xticks=(0, 1), xticklabels=list(scores), ylim=(0, 1), title=f"{len(asked)} questions,\nunseen functions")
 right.legend()
 fig.tight_layout()
-save_figure(fig, "D_tool_calling", losses)
+save_figure(fig, "D7_tool_calling", losses)
 
 # %%
 for kind, (old, new) in scores.items():
@@ -935,11 +935,11 @@ for kind, (old, new) in scores.items():
 results.metric("replies with a malformed call after training", malformed, "")
 if GPU:
     old, new = scores["calls"]
-    results.criterion("D.7.scores", f"BFCL calls right on unseen functions after training ({old:.1%} before)", new - old, "> 0.2")
-    results.criterion("D.7.irrelevance", "BFCL irrelevance after training", scores["irrelevance"][1], ">= 0.5")
+    results.criterion("D7.scores", f"BFCL calls right on unseen functions after training ({old:.1%} before)", new - old, "> 0.2")
+    results.criterion("D7.irrelevance", "BFCL irrelevance after training", scores["irrelevance"][1], ">= 0.5")
 else:
-    results.not_run("D.7.scores", "BFCL calls right on unseen functions, after against before", "training to that point needs a GPU")
-    results.not_run("D.7.irrelevance", "BFCL irrelevance after training", "training to that point needs a GPU")
+    results.not_run("D7.scores", "BFCL calls right on unseen functions, after against before", "training to that point needs a GPU")
+    results.not_run("D7.irrelevance", "BFCL irrelevance after training", "training to that point needs a GPU")
 
 # %% [markdown]
 # **The whole loop with the trained model:** it calls our own two functions, which BFCL does not have, gets the results and
@@ -1061,15 +1061,52 @@ said = (done.stdout + done.stderr).strip()
 print("\n".join(line[:180] for line in said.splitlines()[:12]))
 if "no set of wheels" in said or "could not fetch" in said:
     reason = "this machine does not reach the package registry; CI runs it for Python 3.11, 3.12 and 3.13"
-    results.not_run("D.9.resolved", "the pinned set for Windows: every wheel there, every DLL import met, refused without one", reason)
+    results.not_run("D9.resolved", "the pinned set for Windows: every wheel there, every DLL import met, refused without one", reason)
 else:
-    results.criterion("D.9.resolved", "the pinned set for Windows: every wheel there, every DLL import met, refused without one",
+    results.criterion("D9.resolved", "the pinned set for Windows: every wheel there, every DLL import met, refused without one",
                       done.returncode == 0)
-results.not_run("D.9.windows", "Triton, xFormers and bitsandbytes at work on Windows", "needs a Windows machine with a GPU")
+results.not_run("D9.windows", "Triton, xFormers and bitsandbytes at work on Windows", "needs a Windows machine with a GPU")
+
+# %% [markdown]
+# ## Inside Unsloth
+# Unsloth patches transformers, PEFT and TRL when it is imported, so this runs in a process of its own: SmolLM2 loaded by
+# Unsloth's own classes, with one feature after the other in the place of its counterpart (`helpers/in_unsloth.py`).
+# *Attention*: `run_attention` of its models is ours, loss and gradients against its own dispatch. *Classification*: the stock
+# call that its loader makes is patched. *Tool calling* and *completions*: our rows and labels in its trainer.
+
+# %%
+import json
+
+features = ("attention", "classification", "tool calling", "completions")
+if GPU and host.add_unsloth():
+    done = subprocess.run([sys.executable, "-m", "helpers.in_unsloth"], capture_output=True, text=True)
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"feature"')]
+    for row in told:
+        print(f"{row['feature']:15s} {'works' if row['passed'] else 'FAILS'}: {row['said'][:300]}")
+    passed = {row["feature"]: row["passed"] for row in told}
+    for feature in features:
+        results.criterion(f"D.unsloth.{feature.replace(' ', '_')}", f"inside Unsloth, in its own process: {feature}", passed.get(feature, False))
+else:
+    for feature in features:
+        results.not_run(f"D.unsloth.{feature.replace(' ', '_')}", f"inside Unsloth, in its own process: {feature}", "Unsloth needs a GPU")
 
 # %% [markdown]
 # ## Summary
-# Twelve points, criterion by criterion.
+# Twelve points, then criterion by criterion. A feature's points count where none of its criteria fails.
+
+# %%
+from IPython.display import Markdown
+
+POINTS = {1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 2, 7: 1, 8: 1, 9: 2}
+lines, total = ["| feature | points | passed | failed | not run |", "|---|---|---|---|---|"], 0
+for feature, points in POINTS.items():
+    status = [row["status"] for row in results.criteria.values() if row["id"].startswith(f"D{feature}.")]
+    counts = [status.count(kind) for kind in ("PASS", "FAIL", "NOT RUN")]
+    earned = points if counts[0] and not counts[1] else 0
+    total += earned
+    lines.append(f"| {feature} | {earned} of {points} | {counts[0]} | {counts[1]} | {counts[2]} |")
+results.metric("points of features without a failed criterion", total, "of 12")
+Markdown("\n".join([*lines, f"| all | {total} of 12 | | | |"]))
 
 # %%
 results.save()
