@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
@@ -132,7 +133,7 @@ def _summed(scale: float, cap: float | None) -> Callable:
         logits = linear(x).float() * scale
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     return summed
 
@@ -148,7 +149,7 @@ def _scored(
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         logp = torch.log_softmax(logits / temperature, dim=1)
-        found = {"log_probs": logp.gather(1, labels[:, None]).squeeze(1)}
+        found = {"log_probs": -F.nll_loss(logp, labels, reduction="none")}
         if "entropy" in outputs:
             seen = logp if differentiable_entropy else logp.detach()
             found["entropy"] = -(seen.exp() * seen).sum(1)

@@ -52,8 +52,7 @@ class Chunks:
         walks: int = 1,
     ):
         self.function, self.linear, self.cut = function, linear, cut
-        # A wrapper anew each time finds the same code compiled, and does not keep a closure alive.
-        self._compiled = torch.compile(function, dynamic=True) if compile else None
+        self._compiled = _compiled(function) if compile else None
         self._autocast, self._sum_dtype, self._walks = autocast, sum_dtype, walks
         self.single = True  # f returned a tensor, not a tuple
         dtype = autocast["dtype"] if cast and autocast and autocast["enabled"] and type(linear) is nn.Linear else None
@@ -208,6 +207,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
     else:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def _compiled(function: Callable) -> Callable:
+    """``function`` under torch.compile, once for all numbers of rows.
+
+    The wrapper, milliseconds to make, is kept by the function itself, unless that is a closure over tensors, which would
+    then wait for the garbage collector. A wrapper made anew finds the same code compiled.
+    """
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    kept = getattr(function, "__dict__", None)
+    if kept is None or any(isinstance(value, Tensor) for value in cells):
+        return torch.compile(function, dynamic=True)
+    if "_compiled_for_chunks" not in kept:
+        kept["_compiled_for_chunks"] = torch.compile(function, dynamic=True)
+    return kept["_compiled_for_chunks"]
 
 
 @contextlib.contextmanager

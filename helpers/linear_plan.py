@@ -16,8 +16,9 @@ from .linear_chunk import Chunks
 IGNORED = -100
 PROBED_ROWS = 64
 # Logits of a chunk, where memory allows. With less, the GPU's products wait for memory: the sum of the weight's
-# gradient is read and written once a chunk.
-FROZEN_LOGITS, TRAINED_LOGITS, LEAST_ROWS, CPU_LOGITS = 2**27, 2**28, 1024, 2**24
+# gradient is read and written once a chunk. LEAN: the sum is in half precision, so memory is what counts.
+FROZEN_LOGITS, TRAINED_LOGITS, LEAN_LOGITS, CPU_LOGITS = 2**27, 2**28, 5 * 2**24, 2**24
+LEAST_ROWS = 512
 EAGER_BYTES = 22.0  # a logit: log-probabilities with entropy, float32 upcast, forward and backward
 
 
@@ -127,7 +128,8 @@ class Plan:
         if device.type != "cuda":
             rows = CPU_LOGITS // vocabulary
         else:
-            rows = max(LEAST_ROWS, (TRAINED_LOGITS if self.trained else FROZEN_LOGITS) // vocabulary)
+            trained = TRAINED_LOGITS if self.sum_dtype is not None else LEAN_LOGITS
+            rows = max(LEAST_ROWS, (trained if self.trained else FROZEN_LOGITS) // vocabulary)
             statistics = torch.cuda.memory_stats(device)
             unused = statistics["reserved_bytes.all.current"] - statistics["allocated_bytes.all.current"]
             free = torch.cuda.mem_get_info(device)[0] + unused - sum(4 * p.numel() for p in self.trained)
