@@ -52,6 +52,7 @@ SHAPES: dict[str, dict] = {
     },
 }  # fmt: skip
 SHAPES["tiny-untied"] = SHAPES["tiny"] | {"tie_word_embeddings": False}
+SHAPES["tiny-deep"] = SHAPES["tiny"] | {"num_hidden_layers": 4}
 
 
 @dataclass

@@ -327,7 +327,7 @@ def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
     A checkpoint is put inside the graph, where it is a mark for the compiler. Around a compiled call it would run two
     Python hooks for each tensor that the graph saves, and gather the block's weights before recomputing.
     """
-    backend = "inductor" if torch.cuda.is_available() else "aot_eager"  # Inductor's C++ takes a minute to compile
+    backend = "inductor" if torch.cuda.is_available() else "eager"  # there Inductor's C++ takes longer than a run
 
     def block_forward(forward, block, args, kwargs):
         if checkpointed and torch.is_grad_enabled():

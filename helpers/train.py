@@ -293,7 +293,7 @@ def compiled_regions(model: torch.nn.Module, wanted: bool, sharded: bool = False
         return
     from .compiling import compile_model
 
-    backend = "aot_eager" if sharded and not torch.cuda.is_available() else "inductor"  # as FSDP2's blocks
+    backend = "eager" if sharded and not torch.cuda.is_available() else "inductor"  # as FSDP2's blocks
 
     with compile_model(model, sharded=sharded, backend=backend) as compiled:
         yield compiled.parts

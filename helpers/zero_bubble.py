@@ -6,9 +6,9 @@ Each rank holds two stages of the decoder. The schedule splits a backward pass i
 stage before waits for, W the gradients of the weights, which nobody waits for and which fill the gaps. Where weights
 are frozen W is LoRA's alone, a few percent of B: little to fill the gaps with. FSDP2 is the main path here.
 
-Traps: reentrant checkpointing hides the inputs from the split and gives wrong gradients; torch.compile in place passes
-the schedule's own check and then gives wrong gradients too, so both are refused. A stage's input must require grad, and
-so must the embedding's output. The schedule divides gradients by the number of micro-batches: the loss is a mean.
+Traps: reentrant checkpointing hides the inputs from the split and can give wrong gradients; torch.compile in place
+passes the schedule's own check and then does too, so both are refused. A stage's input must require grad, and so must
+the embedding's output. The schedule divides gradients by the number of micro-batches: the loss of one is a mean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from . import checkpoints, fsdp2, host
 from .memory import peak_gib
+from .train import nf4_decoder
 
 STAGES_A_RANK = 2
 
@@ -71,7 +73,7 @@ def schedule(model: nn.Module, rank: int, ranks: int, micro_batches: int, device
     Layers of other stages are not touched, and can be freed by the caller. Stages alternate: rank, rank + ranks.
 
     Raises:
-        ValueError: fewer layers than stages, more micro-batches than divide evenly, compiled or checkpointed layers.
+        ValueError: fewer layers than stages, micro-batches that do not divide, layers compiled, checkpoints reentrant.
     """
     stages = STAGES_A_RANK * ranks
     layers = model.get_base_model().get_decoder().layers
@@ -79,18 +81,24 @@ def schedule(model: nn.Module, rank: int, ranks: int, micro_batches: int, device
         raise ValueError(f"{len(layers)} layers cannot be cut into {stages} stages: use fewer processes")
     if micro_batches % ranks:
         raise ValueError(f"{micro_batches} micro-batches do not divide by {ranks} ranks, as the schedule's rounds need")
-    if model.is_gradient_checkpointing or any(layer._compiled_call_impl is not None for layer in layers):
-        raise ValueError("the zero-bubble schedule splits backward passes: train without checkpointing and compile")
+    if any("forward" in vars(layer) or layer._compiled_call_impl is not None for layer in layers):
+        raise ValueError("the zero-bubble schedule splits backward passes, which a compiled layer does not survive")
+    if any(layer.gradient_checkpointing and _reentrant(layer._gradient_checkpointing_func) for layer in layers):
+        raise ValueError("the zero-bubble schedule needs gradient_checkpointing_kwargs={'use_reentrant': False}")
     mine = [
         PipelineStage(DecoderStage(model, index, stages), index, stages, device) for index in range(rank, stages, ranks)
     ]
     return ScheduleInterleavedZeroBubble(mine, micro_batches, loss_fn=mean_loss)
 
 
+def _reentrant(checkpoint: Callable) -> bool:
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+
+
 def train(
     model: nn.Module, batches: list[Tensor], micro_batches: int, learning_rate: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Train on ``batches`` of ids [rows, length], a step each, with AdamW; ``losses`` and ``seconds`` of each step.
+    """Train on ``batches`` of ids [rows, length], a step each; ``losses``, gradient ``norms``, ``seconds`` of each.
 
     Alone (no process group) the same micro-batches run one after another: what the pipeline must equal.
     """
@@ -103,7 +111,7 @@ def train(
         modules = DecoderStage(model, 0, 1)
     modules.train()
     optimizer = torch.optim.AdamW([p for p in modules.parameters() if p.requires_grad], learning_rate)
-    losses, seconds = [], []
+    losses, norms, seconds = [], [], []
     for ids in batches:
         ids, started = ids.to(device), time.perf_counter()
         parts: list[Tensor] = []
@@ -115,14 +123,17 @@ def train(
                 loss = mean_loss(modules(rows), rows)
                 (loss / micro_batches).backward()
                 parts.append(loss.detach())
+        norm = torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).square().sum()
         optimizer.step()
         optimizer.zero_grad()
         loss = torch.stack(parts).mean().detach() if parts else torch.zeros((), device=device)
         if ranks > 1:
             dist.broadcast(loss, src=ranks - 1)
+            dist.all_reduce(norm)
         losses.append(loss.item())
+        norms.append(norm.sqrt().item())
         seconds.append(time.perf_counter() - started)
-    return {"losses": losses, "seconds": seconds}
+    return {"losses": losses, "norms": norms, "seconds": seconds}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         draw = torch.Generator().manual_seed(3407)
         shape = (args.micro_batches, args.length)
         batches = [torch.randint(3, base.model.config.vocab_size, shape, generator=draw) for _ in range(args.steps)]
-        with torch.autocast(device.type, base.model.dtype, enabled=base.model.dtype != torch.float32):
+        autocast = torch.autocast(device.type, base.model.dtype, enabled=base.model.dtype != torch.float32)
+        with autocast, nf4_decoder(model, "triton" if gpu else "bitsandbytes"):
             result = train(model, batches, args.micro_batches, 2e-4, device)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
