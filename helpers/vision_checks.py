@@ -160,6 +160,8 @@ def draw_labels(
     axes: Axes, processor: Any, ids: Sequence[int], labels: Sequence[int], title: str, width: int = 92
 ) -> None:
     """Write a row's text into ``axes``: learned tokens on green, masked ones grey, runs of image tokens on blue."""
+    from matplotlib.patches import Rectangle
+
     pieces: list[tuple[str, str]] = []
     for image, group in itertools.groupby(
         zip(ids, labels, strict=True), lambda pair: pair[0] == processor.image_token_id
@@ -171,21 +173,16 @@ def draw_labels(
         for learned, run in itertools.groupby(group, lambda pair: pair[1] != IGNORE):
             text = processor.tokenizer.decode([token for token, _ in run]).replace("\n", "↵")
             pieces.append((text, "learned" if learned else "masked"))
-    # A monospace character is 0.602 of its font size wide: as large as fills the figure.
-    size = 0.95 * axes.figure.get_size_inches()[0] * 72 / (width * 0.602)
-    looks = {"learned": ("black", "#b7e4b0"), "masked": ("#8a8a8a", "#ffffff"), "image": ("#1f4e99", "#d5e3f7")}
-    line = column = 0
-    for text, look in pieces:
-        while text:
-            part, text = text[: width - column], text[width - column :]
-            color, ground = looks[look]
-            axes.text(
-                column, -line, part.replace("$", r"\$"), family="monospace", fontsize=size, color=color, va="top",
-                bbox={"facecolor": ground, "edgecolor": "none", "pad": 1},
-            )  # fmt: skip
-            column += len(part)
-            if column >= width:
-                line, column = line + 1, 0
-    axes.set(xlim=(0, width), ylim=(-line - 1.2, 0.3), title=title)
+    looks = {"learned": ("black", "#b7e4b0"), "masked": ("#8a8a8a", "white"), "image": ("#1f4e99", "#d5e3f7")}
+    letters = [(letter, *looks[look]) for text, look in pieces for letter in text]
+    for i, (letter, color, ground) in enumerate(letters):
+        line, column = divmod(i, width)
+        axes.add_patch(Rectangle((column, -line - 1), 1, 0.95, color=ground, linewidth=0))
+        # Letter by letter: a run's width in the saved picture is not that on the screen.
+        axes.text(
+            column + 0.5, -line - 0.5, letter, family="monospace", fontsize=7, color=color, ha="center", va="center",
+            parse_math=False,
+        )  # fmt: skip
+    axes.set(xlim=(0, width), ylim=(-(len(letters) // width) - 1, 0), title=title)
     axes.title.set_fontsize(9)
     axes.axis("off")
