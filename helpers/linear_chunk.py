@@ -212,8 +212,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 def _compiled(function: Callable) -> Callable:
     """``function`` under torch.compile, once for all numbers of rows.
 
-    The wrapper, milliseconds to make, is kept by the function itself, unless that is a closure over tensors, which would
-    then wait for the garbage collector. A wrapper made anew finds the same code compiled.
+    The wrapper takes milliseconds to make, so the function keeps it; not a closure over tensors, which would then wait
+    for the garbage collector. A wrapper made anew finds the same code compiled.
     """
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     kept = getattr(function, "__dict__", None)

@@ -90,7 +90,7 @@ def linear_forward(
     if graph:
         outputs = list(MemoryEfficientLinear.apply(plan, flat, len(rows), *rows, *tensors))
     else:
-        outputs = _without_graph(plan, (flat, *rows))
+        outputs = _without_graph(plan, (flat, *rows), tensors)
     if plan.rows < wanted:
         plan.form.rows = plan.rows
     outputs = [o.reshape(*x.shape[:-1], *o.shape[1:]) if o.ndim else o for o in outputs]
@@ -122,7 +122,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
                 outputs, saved = _with_jacobians(plan, inputs, ctx.needs, ctx.scale)
             else:
                 ctx.kind, ctx.random = "again", random_state(x.device)
-                outputs, saved = _without_graph(plan, inputs), (*inputs, *parameters)
+                outputs, saved = _without_graph(plan, inputs, parameters), (*inputs, *parameters)
             fixed = [o for o, form in zip(outputs, plan.form.outputs, strict=True) if not form.differentiable]
         ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(*saved)
@@ -238,9 +238,9 @@ def _again(
         return [*gradients, *chunks.finished_sums()]
 
 
-def _without_graph(plan: Plan, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def _without_graph(plan: Plan, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
     outputs = Outputs(plan, inputs[0])
-    with plan.chunks() as chunks:
+    with plan.chunks(parameters) as chunks:
         plan.each_chunk(lambda start, stop: outputs.add(chunks.outputs(plan.take(inputs, start, stop)), start, stop))
     return outputs.finished()
 

@@ -452,17 +452,49 @@ def test_fsdp2_weight(tmp_path):
     try:
         x, linear, labels = make(dtype=torch.float32)
         wanted = gradients(cross_entropy(x, linear, labels), [torch.ones(())], [x, *linear.parameters()])
+        loss = cross_entropy(x, linear, labels).detach()
         fully_shard(linear)
-        for frozen in (False, True):
-            linear.requires_grad_(not frozen)
-            x.grad = None
-            linear_forward(x, linear, labels, forward_function=cross_entropy, chunk_size=4).backward()
+        for frozen, function in itertools.product((False, True), (cross_entropy, log_probs)):
+            linear.requires_grad_(not frozen).zero_grad()
+            x.grad, sign = None, 1 if function is cross_entropy else -1
+            with torch.no_grad():
+                out = linear_forward(x, linear, labels, forward_function=function, chunk_size=4).sum() * sign
+            torch.testing.assert_close(out, loss)
+            (linear_forward(x, linear, labels, forward_function=function, chunk_size=4).sum() * sign).backward()
             torch.testing.assert_close(x.grad, wanted[0])
             if not frozen:
                 assert isinstance(linear.weight.grad, torch.distributed.tensor.DTensor)
                 torch.testing.assert_close([p.grad.full_tensor() for p in linear.parameters()], list(wanted[1:]))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_on_a_gpu_in_a_fraction_of_the_memory(dtype, frozen):
+    from helpers.memory import measure_peak
+
+    n, hidden, vocabulary = 4096, 256, 32000
+    linear = nn.Linear(hidden, vocabulary, device="cuda", dtype=dtype).requires_grad_(not frozen)
+    x = torch.randn(n, hidden, device="cuda", dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocabulary, (n,), device="cuda")
+    tensors = [x, *(() if frozen else linear.parameters())]
+
+    def ours():
+        loss = linear_forward(
+            x, linear, labels, forward_function=cross_entropy, denominator=n, chunk_size=256, compile=True
+        )
+        return torch.autograd.grad(loss, tensors)
+
+    ours()
+    got, peak = measure_peak(ours)
+    stock, stock_peak = measure_peak(lambda: torch.autograd.grad(cross_entropy(x, linear, labels) / n, tensors))
+    exact = [t.detach().double().requires_grad_() for t in (x, linear.weight, linear.bias)]
+    wanted = torch.autograd.grad(F.cross_entropy(F.linear(*exact), labels), exact[: len(tensors)])
+    assert peak < stock_peak / 5
+    for a, b, c in zip(got, stock, wanted, strict=True):
+        assert (a - c).norm() <= 1.2 * (b - c).norm()
 
 
 def test_the_challenges_own_function_as_it_is():
@@ -473,7 +505,7 @@ def test_the_challenges_own_function_as_it_is():
         down_projection_function = CrossEntropyLoss(reduction="sum")
         # Down projection to small space
         loss = down_projection_function(x.view(-1, x.shape[-1]), labels.view(-1))
-        return loss
+        return loss  # noqa: RET504
 
     linear, x, labels = (
         nn.Linear(16, 50, bias=False),
