@@ -22,13 +22,17 @@ from transformers import TrainerCallback
 
 from . import checkpoints, host
 from .attention_transformers import register
-from .compiling import CompileCounter, compile_model
+from .compiling import PAD_TO, CompileCounter, compile_model
 from .instruction_data import load_instructions
 from .memory import peak_gib
 from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_config, nf4_decoder
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
-WORDS = {"eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter"}
+WORDS = {
+    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter", "pad1",
+    "pad128",
+}  # fmt: skip
+
 
 
 class Clock(TrainerCallback):
@@ -121,7 +125,8 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
     options = {}
     if "filter" in words:
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    with compile_model(model, max_autotune="autotune" in words, options=options):
+    pad_to = 1 if "pad1" in words else 128 if "pad128" in words else PAD_TO
+    with compile_model(model, max_autotune="autotune" in words, options=options, pad_to=pad_to):
         torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
         yield
 

@@ -26,6 +26,7 @@ from .attention import one_graph, without_cudnn
 from .linear_loss import IGNORED
 from .loss_functions import causal_lm_loss
 
+PAD_TO = 64  # tokens
 LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
 # Families whose forward is backbone, head, optional softcap: what the fused loss computes.
 PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
@@ -39,6 +40,7 @@ class CompiledModel:
 
     parts: dict[str, str] = field(default_factory=dict)
     active: bool = True
+    pad_to: int = 1
     most_rows: dict[bool, int] = field(default_factory=dict)  # so far, with gradients and without
 
 
@@ -50,6 +52,7 @@ def compile_model(
     max_autotune: bool = False,
     save_less: bool = True,
     options: dict[str, Any] | None = None,
+    pad_to: int = PAD_TO,
     sharded: bool = False,
 ) -> Iterator[CompiledModel]:
     """Within the context the model's regions run compiled, in training and in evaluation with labels.
@@ -65,6 +68,8 @@ def compile_model(
         max_autotune: let Inductor time Triton's matrix products against cuBLAS, on small GPUs too.
         save_less: recompute what is cheap (norms, activations, casts) rather than keep it for the backward pass.
         options: further options of Inductor.
+        pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
+            for each size it has not met; multiples recur.
         sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py and its embedding is not, since
             FSDP2's hooks must run around them.
 
@@ -83,7 +88,7 @@ def compile_model(
     if max_autotune:
         options |= {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options or None)
-    compiled = CompiledModel()
+    compiled = CompiledModel(pad_to=pad_to)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         stack.enter_context(without_cudnn())
@@ -291,18 +296,23 @@ def _restore_forward(base: nn.Module, ours: Callable, previous: Callable | None)
 def _batch_for_one_graph(
     compiled: CompiledModel, ids: Tensor, labels: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The same batch: at least two tokens a row, at least two rows if it ever had, and no mask it can do without."""
+    """The same batch: a length that recurs, at least two rows if it ever had, and no mask it can do without."""
     mask = kwargs.get("attention_mask")
     # One synchronisation; transformers' own mask needs one too, to find out whether there is padding at all.
     if mask is not None and mask.ndim == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         del kwargs["attention_mask"]
-    if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
+    if kwargs.keys() - {"position_ids"}:
         return ids, labels
-    if ids.shape[1] == 1:
-        ids, labels = F.pad(ids, (0, 1)), F.pad(labels, (0, 1), value=IGNORED)
+    positions = kwargs.get("position_ids")
+    more = -ids.shape[1] % compiled.pad_to or int(ids.shape[1] == 1)
+    if more and (positions is None or positions.ndim == 2):
+        ids, labels = F.pad(ids, (0, more)), F.pad(labels, (0, more), value=IGNORED)
+        if positions is not None:  # packed: what is added is a document of its own
+            added = torch.arange(more, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat([positions, added], 1)
     mode = torch.is_grad_enabled()
     compiled.most_rows[mode] = most = max(compiled.most_rows.get(mode, 0), ids.shape[0])
-    if ids.shape[0] == 1 < most:
+    if positions is None and ids.shape[0] == 1 < most:
         ids, labels = F.pad(ids, (0, 0, 0, 1)), F.pad(labels, (0, 0, 0, 1), value=IGNORED)
     return ids, labels
 
