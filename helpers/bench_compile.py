@@ -29,8 +29,8 @@ from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_conf
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
-    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter", "pad1",
-    "pad128",
+    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter",
+    "pad1", "pad128",
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from . import attention_transformers, checkpoints, fsdp2, host, t4
+from . import attention, attention_transformers, checkpoints, fsdp2, host, t4
 from .chunked_head import chunked_loss
 from .instruction_data import load_instructions
 from .memory import MemoryTimeline, peak_gib
@@ -228,6 +228,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     before = answer(model, base.tokenizer, prompt) if fsdp2.main_process() else ""
     with (
         _deterministic(args.deterministic),
+        attention.without_cudnn() if args.attention != "stock" else contextlib.nullcontext(),
         nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
         chunked_loss(model) if args.loss == "chunked" else contextlib.nullcontext(),
         compiled_regions(model, args.compile, sharded=args.fsdp2) as regions,
@@ -366,7 +367,7 @@ def _decided(args: TrainArguments) -> TrainArguments:
     if values["attention"] not in ATTENTIONS:
         raise ValueError(f"--attention {args.attention!r} is not one of {', '.join(ATTENTIONS)}")
     if args.fsdp2 and args.loss == "trl":
-        raise ValueError("--loss trl reads the head's weight past FSDP2, which shards it; use --loss chunked with --fsdp2")
+        raise ValueError("--loss trl reads the head past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
     if values["compile"] and values["loss"] == "full":
         raise ValueError("--compile never makes all logits, as --loss full asks: give --loss chunked, or leave one out")
