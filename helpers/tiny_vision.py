@@ -171,6 +171,22 @@ def model(
         text: values of the text model's config that replace the tiny ones.
         vision: the same of the vision tower's.
     """
+    kind, config = _kind_and_config(family, processor, text or {}, vision or {})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = kind(config).eval()
+        for name, parameter in made.named_parameters():
+            # Gates start closed and norms at one: open them, so that nothing hides behind them.
+            if "gate" in name and parameter.numel() == 1:
+                parameter.data.fill_(0.7)
+            elif parameter.dim() == 1:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+            else:
+                parameter.data = 0.08 * torch.randn_like(parameter)
+    return made
+
+
+def _kind_and_config(family: str, processor: VisionProcessor, text: dict, vision: dict) -> tuple[type, Any]:
     import transformers as hf
 
     words = processor.tokenizer
@@ -178,7 +194,7 @@ def model(
         "vocab_size": -(-len(words) // 8) * 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
         "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
-        **(text or {}),
+        **text,
     }  # fmt: skip
     tower = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48}
     token = processor.image_token_id
@@ -213,7 +229,7 @@ def model(
             "attention_heads": 2, "intermediate_size": 48, "max_num_tiles": 4, "intermediate_layers_indices": [0],
             "vision_output_dim": 64,
         }  # fmt: skip
-        text |= {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "vocab_size": text["vocab_size"]}
+        text |= {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
         config = hf.MllamaConfig(text_config=text, vision_config=tower, image_token_index=token)
         kind = hf.MllamaForConditionalGeneration
     else:
@@ -231,20 +247,9 @@ def model(
             text_config=hf.LlamaConfig(**text), vision_config=tower, image_token_index=token, **select
         )
         kind = hf.LlavaForConditionalGeneration
-    for key, value in (vision or {}).items():
+    for key, value in vision.items():
         setattr(config.vision_config, key, value)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        made = kind(config).eval()
-        for name, parameter in made.named_parameters():
-            # Gates start closed and norms at one: open them, so that nothing hides behind them.
-            if "gate" in name and parameter.numel() == 1:
-                parameter.data.fill_(0.7)
-            elif parameter.dim() == 1:
-                parameter.data += 0.05 * torch.randn_like(parameter)
-            else:
-                parameter.data = 0.08 * torch.randn_like(parameter)
-    return made
+    return kind, config
 
 
 def tuned(family: str, made: torch.nn.Module | None = None, **settings: Any) -> tuple[VisionProcessor, torch.nn.Module]:
