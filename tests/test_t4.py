@@ -58,6 +58,15 @@ def test_without_a_gpu_it_is_refused_in_one_line():
     assert not host.rehearsing_t4()
 
 
+def test_what_is_known_of_the_card_is_forgotten():
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    DeviceProperties.create(torch.device("cpu"))
+    assert DeviceProperties.create.cache_info().currsize
+    t4._forget_the_card()
+    assert not DeviceProperties.create.cache_info().currsize
+
+
 def decode_exactly(cases: int = 12) -> None:
     """Decode random NF4 weights as fp16 and bf16 and compare every bit with bitsandbytes' CUDA kernels."""
     import bitsandbytes.functional as bnb
