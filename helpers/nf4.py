@@ -166,7 +166,7 @@ class _Launch(NamedTuple):
 
 
 # Three ways to the same launch, each for what the one above does not know; on an H100's host, without the output:
-# - a plan of this quant state: MEASURED us. It reads pointers, stream and the profilers' hooks, and compares the rest.
+# - a plan of a parameter's own state: MEASURED us. It reads pointers, stream and hooks, and compares the rest.
 # - a launch of the like, by everything that the compilation and the checks depend on: MEASURED us.
 # - `kernel[grid](...)`, which binds and specializes 19 arguments and asks the driver about each pointer: MEASURED us.
 _PLANS: dict[int, Callable[[torch.Tensor, Any], torch.Tensor | None]] = {}
@@ -188,9 +188,9 @@ def _statistics(quant_state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 
 
 def _plan(launch: _Launch, weight: torch.Tensor, quant_state) -> None:
-    """Have the next decode of this state go straight to `launch`, until anything it depends on is another."""
+    """Have the next decode of this parameter go straight to `launch`, until anything it depends on is another."""
     run, (grid, _, _), function, metadata, constants, stride = launch
-    shape, dtype, blocksize = quant_state.shape, quant_state.dtype, quant_state.blocksize
+    shape, dtype, blocksize, kind = quant_state.shape, quant_state.dtype, quant_state.blocksize, quant_state.quant_type
     size, device, held, index = tuple(shape), weight.device, weight.shape, weight.device.index
     key, one_gpu = id(quant_state), torch.cuda.device_count() < 2
     absmax_, code2_, absmax2_, offset_ = map(weakref.ref, _statistics(quant_state))
@@ -201,7 +201,7 @@ def _plan(launch: _Launch, weight: torch.Tensor, quant_state) -> None:
         if (
             owner() is not state
             or absmax_() is not absmax or code2_() is not code2 or absmax2_() is not absmax2 or offset_() is not offset
-            or state.dtype is not dtype or state.shape is not shape or state.blocksize != blocksize
+            or state.dtype is not dtype or state.shape is not shape or state.blocksize != blocksize or state.quant_type != kind
             or weight.device != device or weight.shape != held or not weight.is_contiguous()
             or _hooked()
             or not (one_gpu or torch.cuda.current_device() == index)
@@ -270,7 +270,7 @@ def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | Non
         source, target = weight.data_ptr(), result.data_ptr()
         if (source | target) % 16 == 0:
             launch(current_stream(device.index), source, *[x.data_ptr() for x in statistics], target)
-            if dtype is quant_state.dtype:
+            if dtype is quant_state.dtype and getattr(weight, "quant_state", None) is quant_state:
                 _plan(launch, weight, quant_state)
             return result
     result, launch = _launch_jit(weight, statistics, quant_state, blocksize2, out, dtype)

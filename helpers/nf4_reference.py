@@ -10,14 +10,16 @@ from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_typ
 from .nf4 import FP4_TABLE, NF4_TABLE
 
 
-def dequantize_reference(weight: torch.Tensor, state: QuantState) -> torch.Tensor:
+def dequantize_reference(weight: torch.Tensor, state: QuantState, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The formula, one rounding at a time: what ``dequantize_nf4`` must equal bit for bit.
 
     Args:
         weight: packed codes, two a byte and the high nibble first, stored as any dtype.
         state: bitsandbytes' quantisation state, nested or not, of type ``nf4`` or ``fp4``.
 
-    Returns: ``state.shape`` of ``state.dtype``.
+        dtype: of the result, ``state.dtype`` where not given.
+
+    Returns: ``state.shape`` of that dtype.
     """
     packed = weight.contiguous().view(torch.uint8).flatten()
     n = torch.Size(state.shape).numel()
@@ -31,7 +33,7 @@ def dequantize_reference(weight: torch.Tensor, state: QuantState) -> torch.Tenso
     values = NF4_TABLE if state.quant_type == "nf4" else FP4_TABLE
     table = torch.tensor(values, dtype=torch.float32, device=packed.device)
     per_weight = scale.float().repeat_interleave(state.blocksize)[:n]
-    return (table[codes] * per_weight).to(state.dtype).reshape(state.shape)
+    return (table[codes] * per_weight).to(dtype or state.dtype).reshape(state.shape)
 
 
 def random_quantised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from bitsandbytes.nn import Params4bit
 
 from helpers import nf4_kernel
 from helpers.nf4 import FP4_TABLE, INTERPRETED, NF4_TABLE, dequantize_nf4, launch_options
@@ -37,6 +39,12 @@ def weight_of(rows=8, columns=64, dtype=torch.float16, **options):
     torch.manual_seed(0)
     options = {"blocksize": 64, "compress_statistics": True, "quant_type": "nf4", **options}
     return bnb.quantize_4bit(torch.randn(rows, columns, dtype=dtype, device=DEVICE), **options)
+
+
+def parameter_of(rows=64, columns=128, dtype=torch.float16):
+    """A layer's own weight, whose decode is planned on a GPU."""
+    weight, state = weight_of(rows, columns, dtype)
+    return Params4bit(weight, quant_state=state, quant_type="nf4", bnb_quantized=True, requires_grad=False), state
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -140,11 +148,34 @@ def test_a_changed_default_dtype_changes_no_weight():
     assert same(dequantize_nf4(weight, state), dequantize_reference(weight, state))
 
 
-def test_a_state_changed_in_place_is_noticed():
-    weight, state = weight_of(64, 128)
-    dequantize_nf4(weight, state)
-    state.absmax, state.dtype = state.absmax.roll(1), torch.bfloat16
+@pytest.mark.parametrize("make", [weight_of, parameter_of])
+def test_a_changed_state_or_weight_is_noticed(make):
+    weight, state = make(64, 128)
+    for _ in range(3):  # compiled, launched directly, planned
+        dequantize_nf4(weight, state)
+    for name, value in (
+        ("absmax", state.absmax.roll(1)),
+        ("dtype", torch.bfloat16),
+        ("offset", state.offset + 1),
+        ("shape", torch.Size((128, 64))),
+        ("blocksize", 128),
+    ):
+        setattr(state, name, value)
+        assert same(dequantize_nf4(weight, state), dequantize_reference(weight, state)), name
+    state.state2.code = state.state2.code.flip(0)
     assert same(dequantize_nf4(weight, state), dequantize_reference(weight, state))
+    weight.data = weight.data.flip(0)
+    assert same(dequantize_nf4(weight, state), dequantize_reference(weight, state))
+    assert same(dequantize_nf4(weight, state, dtype=torch.float16), dequantize_reference(weight, state, torch.float16))
+
+
+def test_two_states_of_one_weight_do_not_mix():
+    weight, state = parameter_of()
+    other = copy.copy(state)
+    other.dtype, other.absmax = torch.bfloat16, state.absmax.flip(0)
+    for _ in range(3):
+        for each in (state, other):
+            assert same(dequantize_nf4(weight, each), dequantize_reference(weight, each))
 
 
 def packed_for_cpu(state):
@@ -364,8 +395,8 @@ def test_the_bodies_agree(dtype, quant_type):
 
 @pytest.mark.gpu
 def test_launch_hooks_are_told():
-    weight, state = weight_of()
-    expected = dequantize_nf4(weight, state)
+    weight, state = parameter_of()
+    expected = [dequantize_nf4(weight, state) for _ in range(3)][-1]
     told = []
     hook = triton.knobs.runtime.launch_enter_hook
     hook.add(told.append)
@@ -380,8 +411,8 @@ def test_launch_hooks_are_told():
 
 @pytest.mark.gpu
 def test_one_launch_and_no_memory_but_the_output():
-    weight, state = weight_of(4096, 1024, torch.bfloat16)
-    for _ in range(2):
+    weight, state = parameter_of(4096, 1024, torch.bfloat16)
+    for _ in range(3):
         dequantize_nf4(weight, state)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -399,8 +430,9 @@ def test_one_launch_and_no_memory_but_the_output():
 
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_the_decode_of_new_bytes():
-    weight, state = weight_of(256, 256)
-    dequantize_nf4(weight, state)
+    weight, state = parameter_of(256, 256)
+    for _ in range(3):
+        dequantize_nf4(weight, state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = dequantize_nf4(weight, state)
@@ -411,15 +443,16 @@ def test_a_cuda_graph_replays_the_decode_of_new_bytes():
 
 @pytest.mark.gpu
 def test_the_current_stream_is_used_at_every_call():
-    weight, state = weight_of(4096, 4096)
-    expected = dequantize_nf4(weight, state)
+    weight, state = parameter_of(4096, 4096)
+    expected = [dequantize_nf4(weight, state) for _ in range(3)][-1]
     for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
         stream.wait_stream(torch.cuda.current_stream())
-        bytes_ = torch.zeros_like(weight)
-        with torch.cuda.stream(stream):
+        packed = weight.data.clone()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            weight.zero_()
             torch.cuda._sleep(20_000_000)
-            bytes_.copy_(weight)
-            found = dequantize_nf4(bytes_, state)  # launched on another stream it would read zeros
+            weight.copy_(packed)
+            found = dequantize_nf4(weight, state)  # launched on another stream it would read zeros
         torch.cuda.current_stream().wait_stream(stream)
         assert same(found, expected)
 
