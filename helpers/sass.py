@@ -79,6 +79,7 @@ def summarize(compiled, elements: float) -> dict[str, float]:
         "other stores": sum(op.startswith("STG") and ".128" not in op for op in ops),
         "conversions per element": round((names["F2F"] + names["F2FP"]) / elements, 2),
         "global loads": names["LDG"],
+        "loads with eviction hints": sum(op.startswith("LDG") and (".EF" in op or ".EL" in op) for op in ops),
         "barriers": names["BAR"],
         "spills": names["STL"] + names["LDL"],
     }
