@@ -201,7 +201,8 @@ def _plan(launch: _Launch, weight: torch.Tensor, quant_state) -> None:
         if (
             owner() is not state
             or absmax_() is not absmax or code2_() is not code2 or absmax2_() is not absmax2 or offset_() is not offset
-            or state.dtype is not dtype or state.shape is not shape or state.blocksize != blocksize or state.quant_type != kind
+            or state.dtype is not dtype or state.shape is not shape
+            or state.blocksize != blocksize or state.quant_type != kind
             or weight.device != device or weight.shape != held or not weight.is_contiguous()
             or _hooked()
             or not (one_gpu or torch.cuda.current_device() == index)
