@@ -82,6 +82,11 @@ def read(path: Path) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
     return found
 
 
+def training_dtype() -> torch.dtype:
+    """bfloat16, or float16 on a T4, where Inductor refuses bfloat16 and matrix products emulate it."""
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
 def random_weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Params4bit, bnb.QuantState]:
     weight = torch.randn(rows, columns, dtype=dtype, device="cuda") * 0.02
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
@@ -240,7 +245,7 @@ def launch_cost(rows: Rows) -> None:
 
 def compiled_mlp(rows: Rows, rounds: int) -> None:
     """The MLP with our decoder, eager and under torch.compile: wall time per call, GPU time of its three decodes."""
-    for bsz, qlen, hd, m, dtype in ((5, 777, 1024, 4096, torch.bfloat16), (2, 3333, 2048, 8192, torch.float16)):
+    for bsz, qlen, hd, m, dtype in ((5, 777, 1024, 4096, training_dtype()), (2, 3333, 2048, 8192, torch.float16)):
         mlp, x = MLP(hd, m, dtype), torch.randn(bsz, qlen, hd, dtype=dtype, device="cuda")
         eager = functools.partial(mlp.forward_with, decode=dequantize_nf4)
         compiled = torch.compile(eager, fullgraph=True, dynamic=True)
@@ -271,19 +276,19 @@ def peak_memory(rows: Rows) -> None:
 
 def linear_layers(rows: Rows, rounds: int) -> None:
     """Forward and backward of a frozen 4-bit layer: decoded by us, bitsandbytes' own, and what the trainer takes."""
-    inputs, outputs = 4096, 14336
-    layer = MLP(inputs, outputs, torch.bfloat16).up_proj
+    inputs, outputs, dtype = 4096, 14336, training_dtype()
+    layer = MLP(inputs, outputs, dtype).up_proj
     layers = {
         "ours": lambda x: nf4_linear.nf4_linear(x, layer.weight, layer.weight.quant_state),
         "bitsandbytes": layer,
         "default": functools.partial(nf4_linear._forward, layer),
     }
     for tokens in TOKENS:
-        x = torch.randn(tokens, inputs, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        grad = torch.randn(tokens, outputs, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(tokens, inputs, dtype=dtype, device="cuda", requires_grad=True)
+        grad = torch.randn(tokens, outputs, dtype=dtype, device="cuda")
         contenders = {name: lambda f=f, x=x, g=grad: torch.autograd.grad(f(x), x, g) for name, f in layers.items()}
         for name, value in wall_times(contenders, rounds, 5).items():
-            rows.add("linear, forward and backward", f"{tokens} tokens", torch.bfloat16, name, value, "us")
+            rows.add("linear, forward and backward", f"{tokens} tokens", dtype, name, value, "us")
 
 
 def table(rows: list[dict]) -> str:

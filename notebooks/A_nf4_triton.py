@@ -247,7 +247,7 @@ def mlp_dequantize(mlp, fx):
 
 
 def ours(layer):
-    return nf4.dequantize_nf4(layer.weight.data, layer.weight.quant_state)
+    return nf4.dequantize_nf4(layer.weight, layer.weight.quant_state)
 
 
 def reference(layer):
@@ -290,7 +290,7 @@ def test_dequantize(decoders, trials):
 elapsed = test_dequantize({"ours": ours, "PEFT": peft_dequantize} if GPU else {"ours": ours}, TRIALS if GPU else 0)
 results.criterion("A.dtypes", "exact in fp16 and bf16 under the challenge's harness", True)
 for name, seconds in elapsed.items():
-    if GPU:
+    if GPU and not host.rehearsing_t4():
         print(f"{name:12s} {seconds:7.3f} s for {TRIALS} trials")
         results.metric(f"test_dequantize, {name}", seconds, "s")
 
@@ -394,7 +394,8 @@ print(f"asked:  {TrainArguments.prompt}\nbefore: {mine.answer_before}\nafter:  {
 # In a process of its own, since Unsloth's import changes transformers, PEFT and TRL for good. Correctness first: a decoder
 # that is not bit-exact is not timed. Then all take turns, in one process, on random weights: GPU time of a decode; the
 # challenge's loop, which synchronises after each; the MLP compiled and not; a frozen layer's training step. The *ceiling*
-# reads and writes the same bytes and decodes nothing; the *floor* is that kernel launched bare into an existing output.
+# reads and writes the same bytes and decodes nothing; the *floor* is that kernel launched bare, the output allocated by
+# the cheapest call there is.
 
 # %%
 from helpers import bench_nf4
@@ -429,7 +430,12 @@ for bound in ("1.05", "1.10", "1.15"):
     judge(f"A.unsloth.{bound}", "Unsloth's time over ours, the challenge's loop", f">= {bound}", lambda: ratio(loop, "Unsloth", "ours"))
 judge("A.2025", "time of the three launches of early 2025 over ours, the challenge's loop", ">= 1.5", lambda: ratio(loop, "three launches", "ours"))
 judge("A.floor", "our time over the floor, the challenge's loop", "<= 1.05", lambda: 1 / ratio(loop, "floor", "ours"))
-judge("A.ceiling", "ceiling's GPU time over ours, worst of 4 sizes in 2 dtypes", ">= 0.97", lambda: ratio("decode, GPU time", "ceiling", "ours"))
+text = "ceiling's GPU time over ours, worst of 4 sizes in 2 dtypes"
+if timed and torch.cuda.get_device_capability() < (9, 0):
+    results.metric(text, ratio("decode, GPU time", "ceiling", "ours"), "")
+    results.not_run("A.ceiling", text, "the bound is for an H100 or H200; here it is a metric")
+else:
+    judge("A.ceiling", text, ">= 0.97", lambda: ratio("decode, GPU time", "ceiling", "ours"))
 judge("A.asm.gain", "GPU time without inline PTX over with it, worst of 8", ">= 0.99", lambda: ratio("decode, GPU time", "ours, Triton only", "ours"))
 judge("A.compile.gpu", "GPU time of the decodes in the MLP, compiled over eager", "<= 1.02", lambda: 1 / ratio("MLP, GPU time of the decodes", "eager", "compiled"))
 judge("A.compile.wall", "wall time of the MLP, compiled over eager", "<= 1", lambda: 1 / ratio("MLP, wall time", "eager", "compiled"))
