@@ -584,6 +584,7 @@ if not GPU:
     train, test, path = train[:100], test[:40], scratch.name
     small = config.to_dict() | {"vocab_size": len(tokenizer)}
     AutoModelForCausalLM.from_config(LlamaConfig(**small)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def encoded(questions):
@@ -596,7 +597,7 @@ def train_it(model, steps, output_dir):
         output_dir=output_dir, max_steps=steps, per_device_train_batch_size=32 if GPU else 4, learning_rate=3e-4,
         per_device_eval_batch_size=64, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, seed=3407,
+        disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
     )
     trainer = Trainer(model, arguments, train_dataset=encoded(train), data_collator=DataCollatorWithPadding(tokenizer))
     trainer.pop_callback(PrinterCallback)
@@ -812,7 +813,7 @@ def book_table(name: str, guests: int, place: str = "inside") -> str:
 
 
 tools = Tools([circle_area, book_table])
-base = checkpoints.load_base(MODEL)
+base = checkpoints.load_base(MODEL if GPU else path)  # the small random Llama again
 question = [{"role": "user", "content": "A table for two in the garden, please. My name is Ada."}]
 own, ours = base.tokenizer, tool_tokenizer(base.tokenizer)
 shown = {name: "book_table" in t.apply_chat_template(question, tools=tools.schemas, tokenize=False)
@@ -854,7 +855,7 @@ import html
 from IPython.display import HTML
 
 train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
-rows = training_rows(train if GPU else train[:60], ours, max_length=1024 if GPU else 256)
+rows = training_rows(train if GPU else train[:60], ours, max_length=1024 if GPU else 400)
 print(f"{len(rows)} conversations to learn from, {len(test)} questions to be tested on")
 
 
@@ -869,7 +870,7 @@ HTML(f'<pre style="white-space:pre-wrap;font-size:85%">{coloured(shortest)}</pre
 # %% [markdown]
 # **Train and score.** The score is BFCL's own checker's, on functions that were never seen; *irrelevance* is the share of
 # questions without a fitting function that are answered without a call. A model that cannot call at all scores 1 there, so
-# read it beside the others. On a CPU one question and two steps show that it runs, no more.
+# read it beside the others. The small random Llama of a CPU run shows that the loss falls, no more.
 
 # %%
 import contextlib
@@ -880,17 +881,17 @@ from helpers.compiling import compile_model
 from helpers.train import QLoRATrainer, nf4_decoder
 
 draw = random.Random(3407)
-asked = draw.sample(test, QUESTIONS or 300) if GPU else [q for q in test if q.category == "simple_python"][: QUESTIONS or 1]
-options = {"new_tokens": 200 if GPU else 4, "batch_size": 100}
+asked = draw.sample(test, QUESTIONS or (300 if GPU else 4))
+options = {"new_tokens": 200 if GPU else 8, "batch_size": 100}
 model = checkpoints.attach_lora(base.model, rank=32)
 before, _ = evaluate(model, ours, asked, **options)
 
-steps = STEPS or (200 if GPU else 2)
+steps = STEPS or (200 if GPU else 10)
 arguments = SFTConfig(
-    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=16 if GPU else 1,
-    learning_rate=5e-4, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
+    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=16 if GPU else 2,
+    learning_rate=5e-4 if GPU else 1e-2, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
     bf16=base.model.dtype == torch.bfloat16, fp16=base.model.dtype == torch.float16, gradient_checkpointing=False,
-    save_strategy="no", report_to="none", disable_tqdm=True, seed=3407,
+    save_strategy="no", report_to="none", disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
 )
 with contextlib.ExitStack() as fast:
     if GPU:
@@ -907,12 +908,9 @@ for name in sorted(after, key=lambda name: (name == "all", name)):
     print(f"{name:22s} {before[name]['accuracy']:6.1%} -> {after[name]['accuracy']:6.1%}  of {after[name]['of']}")
 
 # %%
-calling = [question.category in bfcl.CALLING for question in asked]
-
-
 def share(scores, categories):
     of = sum(scores[c]["of"] for c in categories if c in scores)
-    return sum(scores[c]["right"] for c in categories if c in scores) / of if of else float("nan")
+    return sum(scores[c]["right"] for c in categories if c in scores) / max(1, of)
 
 
 scores = {kind: (share(before, group), share(after, group)) for kind, group in (("calls", bfcl.CALLING), ("irrelevance", bfcl.IRRELEVANT))}
