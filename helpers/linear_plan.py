@@ -17,7 +17,7 @@ IGNORED = -100
 PROBED_ROWS = 64
 # Logits of a chunk, where memory allows. With less, the GPU's products wait for memory: the sum of the weight's
 # gradient is read and written once a chunk. LEAN: the sum is in half precision, so memory is what counts.
-FROZEN_LOGITS, TRAINED_LOGITS, LEAN_LOGITS, CPU_LOGITS = 2**27, 2**28, 5 * 2**24, 2**24
+FROZEN_LOGITS, TRAINED_LOGITS, LEAN_LOGITS, CPU_LOGITS = 2**27, 2**28, 5 * 2**24, 2**22
 LEAST_ROWS = 512
 EAGER_BYTES = 22.0  # a logit: log-probabilities with entropy, float32 upcast, forward and backward
 
