@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters, get_compilation_metrics
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
@@ -258,7 +258,7 @@ def _compile_loss(
             hidden = decoder(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         finally:
             deferred = False
-        with _gathered(head):
+        with _gathered(head, hidden.device):
             loss = causal_lm_loss(
                 hidden, head, labels, items, forward_function=region_of, compile=False,
                 chunk_size=_chunk_rows(labels.numel(), head.out_features * hidden.itemsize),
@@ -271,17 +271,17 @@ def _compile_loss(
 
 
 @contextlib.contextmanager
-def _gathered(head: nn.Module) -> Iterator[None]:
-    """Within, the weight of a head that FSDP2 shards is whole. Nobody calls the head, so no hook gathers it; nor does
-    backward need it, since the loss's gradient is made together with the loss."""
-    if not isinstance(head, FSDPModule):
-        yield
-        return
-    head.unshard()
+def _gathered(head: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, the frozen weight of a head that FSDP2 shards is whole. Nobody calls the head, so no hook gathers it; nor
+    does backward need it, since the loss's gradient is made together with the loss. FSDP2's own gathering would hold it
+    twice for a moment, which is where a step needs the most memory."""
+    sharded = {name: p for name, p in head.named_parameters(recurse=False) if isinstance(p, DTensor)}
+    for name, parameter in sharded.items():
+        head._parameters[name] = nn.Parameter(parameter.to(device).full_tensor(), requires_grad=False)
     try:
         yield
     finally:
-        head.reshard()
+        head._parameters.update(sharded)
 
 
 def _restore_forward(base: nn.Module, ours: Callable, previous: Callable | None) -> None:
