@@ -69,7 +69,7 @@ def linear_forward(
     flat = x.reshape(n, x.shape[-1])
     kept = kept_rows(rows, IGNORED if reduction == "mean" and ignore_index is None else ignore_index, linear)
     count = n if kept is None else len(kept)
-    trained, frozen, tensors = whole_parameters(linear)
+    trained, frozen, tensors = whole_parameters(linear, x.device)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *trained, *rows) if t is not None)
     plan = Plan(forward_function, linear, trained, frozen, sum_dtype, autocast_now(x.device), count, kept)
     plan.form = form_of(plan, flat, rows, tensors, graph)

@@ -164,16 +164,22 @@ class Outputs:
         return self.values
 
 
-def whole_parameters(linear: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Parameter, Tensor]], list[Tensor]]:
+def whole_parameters(
+    linear: nn.Module, device: torch.device
+) -> tuple[list[nn.Parameter], list[tuple[nn.Parameter, Tensor]], list[Tensor]]:
     """Trained parameters; sharded frozen ones with their whole; the whole of the trained ones, for autograd."""
-    trained = [p for p in linear.parameters() if p.requires_grad]
-    frozen = [(p, p.full_tensor()) for p in linear.parameters() if isinstance(p, DTensor) and not p.requires_grad]
-    return trained, frozen, [_gathered(p) if isinstance(p, DTensor) else p for p in trained]
+    trained, frozen = [], []
+    for parameter in linear.parameters():
+        if parameter.requires_grad:
+            trained.append(parameter)
+        elif isinstance(parameter, DTensor):
+            frozen.append((parameter, _gathered(parameter, device)))
+    return trained, frozen, [_gathered(p, device) if isinstance(p, DTensor) else p for p in trained]
 
 
-def _gathered(parameter: DTensor) -> Tensor:
+def _gathered(parameter: DTensor, device: torch.device) -> Tensor:
     """The whole of an FSDP2 parameter; the gradient is averaged over the ranks, each of which saw other rows."""
-    whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    whole = parameter.to(device).full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / parameter.device_mesh.size())
     return whole

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .linear_chunk import Chunks, Graph, Watched
 from .linear_plan import EAGER_BYTES, IGNORED, PROBED_ROWS, Form, Output, Plan, random_state, random_state_of
@@ -49,7 +50,7 @@ def check_arguments(
             )
         rows.append(row.reshape(leading.numel(), *row.shape[len(leading) :]))
     tensors = {"x": x} | {f"row tensor {i}": r for i, r in enumerate(rows) if r is not None}
-    tensors |= {f"linear.{name}": p for name, p in linear.named_parameters()}
+    tensors |= {f"linear.{name}": p for name, p in linear.named_parameters() if not isinstance(p, DTensor)}
     apart = [name for name, t in tensors.items() if t.device != x.device]
     if apart:
         raise ValueError(f"x is on {x.device}, but {apart[0]} on {tensors[apart[0]].device}: move them together")
