@@ -496,9 +496,9 @@ else:
 # the patch undoes all of it. In Unsloth it would take the place of the special case in `FastModel.from_pretrained`.
 #
 # **Before:** three faults of the stock path. It pools the last token that is not the *padding token*, so where padding and
-# end of text are one token (as in SmolLM2, and in most chat models) it reads the token before. It ignores how many
-# micro-steps a step has, so that gradients grow with accumulation. And the new head of a quantised checkpoint is taken for
-# a 4-bit layer.
+# end of text are one token (as in SmolLM2, and in most chat models) it reads the token before (transformers issue 35352). It
+# ignores how many micro-steps a step has, so that gradients grow with accumulation (issue 47688). And the new head of a
+# quantised checkpoint is taken for a 4-bit layer.
 
 # %%
 import tempfile
@@ -533,6 +533,30 @@ ends = (mask.sum(1) - 1).tolist()
 found = {name: [int((every[i] - logits[i]).abs().sum(-1).argmin()) for i in range(2)] for name, logits in pooled.items()}
 print(f"texts end at positions {ends}; stock pools {found['stock']}, ours {found['ours']}")
 results.criterion("D5.pooling", "texts pooled at their end where padding is the end-of-text token", found["ours"] == ends)
+
+# %%
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+
+def first_gradient_norm(model, accumulation):
+    arguments = TrainingArguments(
+        output_dir=scratch.name + "/run", per_device_train_batch_size=4 // accumulation, max_steps=1, logging_steps=1,
+        gradient_accumulation_steps=accumulation, learning_rate=0.0, report_to="none", disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=GPU,
+    )
+    examples = [{"input_ids": ids[i % 2], "attention_mask": mask[i % 2], "labels": i % 2} for i in range(4)]
+    trainer = Trainer(model, arguments, train_dataset=examples)
+    trainer.pop_callback(PrinterCallback)
+    trainer.train()
+    return trainer.state.log_history[0]["grad_norm"]
+
+
+growth = {}
+with classification.patch(quantize=False, attention="sdpa"):
+    growth["ours"] = first_gradient_norm(load(num_labels=2), 4) / first_gradient_norm(load(num_labels=2), 1)
+growth["stock"] = first_gradient_norm(load(num_labels=2), 4) / first_gradient_norm(load(num_labels=2), 1)
+print("gradient of one step in 4 micro-steps over the same step whole: " + ", ".join(f"{k} {v:.3f}" for k, v in growth.items()))
+results.criterion("D5.accumulation", "gradient in 4 micro-steps over the same rows whole, away from 1", abs(growth["ours"] - 1), "<= 1e-3")
 
 # %% [markdown]
 # **Where stock is right, ours equals it:** loss and every gradient, for one label, several labels and a number, padded left
@@ -570,7 +594,7 @@ results.criterion("D5.parity", "loss and gradients against stock: 3 kinds of lab
 
 # %%
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from helpers import bfcl, checkpoints
 
