@@ -6,9 +6,9 @@ pooled where its attention mask ends. What is saved is stock: plain transformers
 
 Three faults of the stock path are gone with it. Pooling "the last token that is not the padding token" lands before the
 end of a text that ends in the padding token, as texts do where padding and end of text are one token
-(transformers#35352). A packed row gives one result for all its texts. And the loss ignores ``num_items_in_batch``, which
-``Trainer`` leaves to every forward with ``**kwargs``, so that loss and gradients grow with the number of accumulation
-steps (transformers#47688).
+(transformers#35352). A packed row gives one result for all its texts. And the loss ignores ``num_items_in_batch``,
+which ``Trainer`` leaves to every forward with ``**kwargs``, so that loss and gradients grow with the number of
+accumulation steps (transformers#47688).
 """
 
 from __future__ import annotations
