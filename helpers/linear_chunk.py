@@ -150,7 +150,7 @@ class Chunks:
         if gradient is None:
             return
         if self.sums[i] is None:
-            self.sums[i] = gradient.to(self._dtype_of_sum(i), copy=gradient._is_view())
+            self.sums[i] = gradient.to(self._dtype_of_sum(i), copy=True)  # two parameters may share one gradient
         else:
             self.sums[i].add_(gradient)
 

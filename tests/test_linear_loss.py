@@ -315,6 +315,23 @@ def test_function_that_changes_logits_in_place_or_looks_into_the_layer():
         torch.testing.assert_close(got, gradients(function(x, linear, labels), one, tensors))
 
 
+def test_a_layer_of_ones_own_whose_parameters_share_a_gradient():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(V, H).double())
+            self.one, self.two = nn.Parameter(torch.randn(V).double()), nn.Parameter(torch.randn(V).double())
+
+        def forward(self, x):
+            return x @ self.weight.t() + (self.one + self.two)
+
+    x, _, labels = make()
+    layer = Layer()
+    tensors, one = [x, *layer.parameters()], [torch.ones(())]
+    got = gradients(linear_forward(x, layer, labels, forward_function=ce64, chunk_size=3), one, tensors)
+    torch.testing.assert_close(got, gradients(ce64(x, layer, labels), one, tensors))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("function", [cross_entropy, log_probs])
 def test_inside_a_checkpoint(reentrant, function):
