@@ -370,6 +370,32 @@ def test_autocast_is_that_of_the_forward_pass(function):
         assert (a - c).norm() < 0.02 * c.norm() and (b - c).norm() < 0.02 * c.norm()
 
 
+def test_grad_scaler_steps_as_with_full_logits():
+    """float16 products, float32 weights: scaled loss, unscaled gradients, a step, and an overflow that skips one."""
+    updates = {}
+    for name in ("full", "chunked"):
+        x, linear, labels = make(40, torch.float32)
+        optimizer = torch.optim.SGD([x, *linear.parameters()], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+        for weight in (1.0, float("inf")):
+            with torch.autocast("cpu", torch.float16):
+                if name == "full":
+                    loss = cross_entropy(x, linear, labels) / 40
+                else:
+                    loss = linear_forward(
+                        x, linear, labels, forward_function=cross_entropy, chunk_size=7, denominator=40
+                    )
+            scaler.scale(loss * weight).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scaler.get_scale() == 2.0**9, "the second step overflowed"
+        updates[name] = [p.detach() - b for p, b in zip(optimizer.param_groups[0]["params"], before, strict=True)]
+    for a, b in zip(updates["chunked"], updates["full"], strict=True):
+        assert b.norm() > 0 and (a - b).norm() < 5e-3 * b.norm()
+
+
 def test_dropout_is_the_same_when_rows_are_made_again():
     x, linear, labels = make()
 
