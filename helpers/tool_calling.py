@@ -28,6 +28,7 @@ from .completions import NothingToLearnError, encode_conversation, labels_for
 OPEN, CLOSE, END = "<tool_call>", "</tool_call>", "<|im_end|>"
 MOST_CALLS = 16  # of one turn
 MOST_CHARACTERS = 4000  # of one tool's answer
+MOST_TOKENS = 64 * 1024  # of one batch that is generated from; a 1B model's keys and values then take about 2 GiB
 TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
     "null": type(None),
@@ -198,7 +199,10 @@ def generate(
     new_tokens: int = 192,
     batch_size: int = 64,
 ) -> list[str]:
-    """The model's greedy next turn in each of ``(messages, schemas)``; rows of like length share a batch."""
+    """The model's greedy next turn in each of ``(messages, schemas)``.
+
+    Rows of like length share a batch of at most ``batch_size`` rows and `MOST_TOKENS` tokens.
+    """
     ids = []
     for messages, schemas in conversations:
         options = {"tools": schemas or None, "tokenize": False, "add_generation_prompt": True}
@@ -207,9 +211,10 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     end, training, texts = tokenizer.convert_tokens_to_ids(END), model.training, [""] * len(ids)
     model.eval()
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
-        longest = len(ids[rows[0]])
+    while order:
+        longest = len(ids[order[0]])
+        fitting = max(1, min(batch_size, MOST_TOKENS // (longest + new_tokens)))
+        rows, order = order[:fitting], order[fitting:]
         padded = torch.tensor([[end] * (longest - len(ids[i])) + ids[i] for i in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in rows], device=model.device)
         with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):

@@ -618,7 +618,7 @@ def encoded(questions):
 
 def train_it(model, steps, output_dir):
     arguments = TrainingArguments(
-        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=32 if GPU else 4, learning_rate=3e-4,
+        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=16 if GPU else 2, gradient_accumulation_steps=2, learning_rate=3e-4,
         per_device_eval_batch_size=64, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
@@ -912,7 +912,7 @@ before, _ = evaluate(model, ours, asked, **options)
 
 steps = STEPS or (200 if GPU else 10)
 arguments = SFTConfig(
-    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=16 if GPU else 2,
+    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=8 if GPU else 1, gradient_accumulation_steps=2,
     learning_rate=5e-4 if GPU else 1e-2, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
     bf16=base.model.dtype == torch.bfloat16, fp16=base.model.dtype == torch.float16, gradient_checkpointing=False,
     save_strategy="no", report_to="none", disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
