@@ -200,22 +200,30 @@ def _memory_of_a_t4(cards: list) -> Iterator[None]:
 
 
 def _forget_the_card() -> None:
-    """Drop what Dynamo, Inductor, Triton and we compiled for the card or remember of it, and the compile workers."""
-    from torch._dynamo import device_interface
-    from torch._inductor import async_compile, utils
-    from torch._inductor.runtime.hints import DeviceProperties
-    from triton.runtime.jit import JITFunction
+    """Drop what Dynamo, Inductor, Triton and we compiled for the card or remember of it, and the compile workers.
 
-    torch._dynamo.reset()
-    utils.clear_caches()
-    async_compile.shutdown_compile_workers()  # they keep the environment that they started with
-    device_interface.caching_worker_device_properties.pop("cuda", None)
-    ours = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
-    for function in (DeviceProperties.create, *(value for module in (utils, *ours) for value in vars(module).values())):
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
-    for module in ours:
-        getattr(module, "_LAUNCHES", {}).clear()  # compiled kernels that helpers/nf4.py launches past Triton
-    for thing in gc.get_objects():
-        if type(thing) is JITFunction:
-            thing.device_caches.clear()
+    Only modules that are loaded can remember anything, and Inductor takes seconds to load.
+    """
+    loaded = dict(sys.modules)
+    if dynamo := loaded.get("torch._dynamo"):
+        dynamo.reset()
+    if interface := loaded.get("torch._dynamo.device_interface"):
+        interface.caching_worker_device_properties.pop("cuda", None)
+    if workers := loaded.get("torch._inductor.async_compile"):
+        workers.shutdown_compile_workers()  # they keep the environment that they started with
+    if hints := loaded.get("torch._inductor.runtime.hints"):
+        hints.DeviceProperties.create.cache_clear()
+    if utils := loaded.get("torch._inductor.utils"):
+        utils.clear_caches()
+    for name, module in loaded.items():
+        if module is utils or name.startswith(f"{__package__}."):
+            for function in vars(module).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+    if nf4 := loaded.get(f"{__package__}.nf4"):  # launches compiled kernels past Triton
+        nf4._PLANS.clear()
+        nf4._LAUNCHES.clear()
+    if triton := loaded.get("triton.runtime.jit"):
+        for thing in gc.get_objects():
+            if type(thing) is triton.JITFunction:
+                thing.device_caches.clear()
