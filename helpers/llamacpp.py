@@ -59,7 +59,7 @@ def library_path(fetch: bool = False) -> Path | None:
     """The shared library with llama.cpp in it, or None.
 
     Args:
-        fetch: let pip download the wheel into the cache where it is neither installed nor cached.
+        fetch: let pip download the wheel into the cache where it is neither installed nor cached; None without network.
     """
     if spec := importlib.util.find_spec("xllamacpp"):
         return next(Path(spec.origin).parent.glob("xllamacpp*.so"), None)
@@ -70,7 +70,8 @@ def library_path(fetch: bool = False) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL]
-        subprocess.run(command, check=True, capture_output=True)
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".so"))
             (Path(scratch) / "whole").write_bytes(wheel.read(name))
