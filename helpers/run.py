@@ -116,7 +116,7 @@ def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, An
         try:
             papermill.execute_notebook(
                 source, folder / f"{notebook.path.stem}.ipynb", mine, engine_name="progress", kernel_name="python3",
-                progress_bar=False, cwd=ROOT, config=KERNEL_CONFIG, request_save_on_cell_execute=False,
+                progress_bar=False, cwd=ROOT, config=KERNEL_CONFIG,
                 execution_timeout=7200,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
