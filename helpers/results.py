@@ -133,7 +133,7 @@ class Results:
             seen = t4.targets()
             others = sum(count for target, count in seen.items() if ".target sm_75" not in target)
             text = f"of {seen.total()} kernels compiled in this rehearsal, not for a T4's sm_75"
-            self.criterion(f"{self.notebook}.rehearsal", text, others, "== 0")
+            self.criterion(f"{self.notebook}.sm_75", text, others, "== 0")
         path = output_folder() / f"{self.notebook}_results{rehearsal_suffix()}.json"
         document = {
             "notebook": self.notebook,
