@@ -1,8 +1,8 @@
-"""Text rows of a mixed Mllama (Llama 3.2 Vision) batch see no image: a leak in transformers, closed and undone.
+"""Mixed Mllama (Llama 3.2 Vision) batches: text rows see no image, and images that are not there cost nothing.
 
 Tokens with no image to look at (a text-only row, or text before an image) have every key of the cross attention
 masked; transformers then zeroes that mask row, so that softmax spreads them over the images of other rows, and blanks
-only the MLP's output behind it. https://github.com/huggingface/transformers/issues/39379
+only the MLP's output behind it, so that they leak. https://github.com/huggingface/transformers/issues/39379
 """
 
 from __future__ import annotations
@@ -38,6 +38,42 @@ def isolated_text_rows(model: torch.nn.Module) -> Iterator[None]:
 
     hooks = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
     hooks += [layer.cross_attn.register_forward_hook(mask) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def present_images_only(model: torch.nn.Module) -> Iterator[None]:
+    """Run the vision tower on the images that are there, not on the zeros that fill up a mixed batch.
+
+    Mllama wants as many images for each row as the row with the most has: a text row beside a row of two images costs
+    two runs of the tower. The result is the same, since no token sees a filled-up place.
+
+    Raises: ValueError where the model has no Mllama vision tower.
+    """
+    from transformers.models.mllama.modeling_mllama import MllamaVisionModel
+
+    tower = next((module for module in model.modules() if isinstance(module, MllamaVisionModel)), None)
+    if tower is None:
+        raise ValueError(f"{type(model).__name__} has no Mllama vision tower; it needs no present_images_only")
+    present: list[torch.Tensor] = []
+
+    def gather(tower, args, kwargs):
+        present[:] = [kwargs["aspect_ratio_ids"] > 0]  # [rows, images]; 0 is no image
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        return args, {**kwargs, **{name: kwargs[name][present[0]][:, None] for name in names}}
+
+    def scatter(tower, args, output):
+        seen = output.last_hidden_state  # [images, 1, tiles, patches, width]
+        whole = seen.new_zeros(*present[0].shape, *seen.shape[2:])
+        whole[present[0]] = seen[:, 0]
+        output.last_hidden_state = whole
+        return output
+
+    hooks = [tower.register_forward_pre_hook(gather, with_kwargs=True), tower.register_forward_hook(scatter)]
     try:
         yield
     finally:

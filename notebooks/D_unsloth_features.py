@@ -140,6 +140,27 @@ results.criterion("D1.gradients", "the same, worst gradient", max(r["gradients"]
 pd.DataFrame(isolation).set_index("model")
 
 # %% [markdown]
+# Mllama's layout gives every row as many image places as the fullest row has. A second context runs the tower on the images
+# that are there, with the same result.
+
+# %%
+from helpers.mllama_mask import present_images_only
+
+processor = tiny_vision.processor("mllama")
+model, batch = tiny_vision.model("mllama", processor), VisionCollator(processor)(mixed)
+encoded, logits_of = {}, {}
+for name, context in (("stock", contextlib.nullcontext), ("present only", lambda: present_images_only(model))):
+    hook = model.model.vision_model.gated_positional_embedding.register_forward_hook(
+        lambda module, args, out, name=name: encoded.update({name: out.shape[0]})
+    )
+    with torch.no_grad(), isolated_text_rows(model), context():
+        logits_of[name] = model(**batch).logits[batch["attention_mask"].bool()]
+    hook.remove()
+print(f"images through the tower for 4 rows with 3 images: {encoded}")
+same = (logits_of["stock"] - logits_of["present only"]).abs().max().item()
+results.criterion("D1.tower", "Mllama's tower on the 3 images of 4 rows instead of 8 places; logits differ by", same if encoded["present only"] == 3 else float("nan"), "<= 1e-5")
+
+# %% [markdown]
 # An all-text batch has no pixel values, so the vision tower does not run; a cut through an image's tokens is refused, with
 # the row named, instead of training on half an image.
 

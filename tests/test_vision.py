@@ -14,7 +14,7 @@ from PIL import Image
 from helpers import tiny_vision
 from helpers.completions import IGNORE, NothingToLearnError
 from helpers.image_resize import ImageSize
-from helpers.mllama_mask import isolated_text_rows
+from helpers.mllama_mask import isolated_text_rows, present_images_only
 from helpers.vision import VisionCollator, load_processor
 from helpers.vision_checks import forward, gradients, row_isolation, row_losses
 
@@ -92,6 +92,35 @@ def test_mllama_leaks_without_the_patch_and_the_patch_is_undone():
         after = (forward(model, batch)[0, seen] - alone).abs().max()
     assert leak > 1e-2 and closed <= 1e-5 and after == leak
     with pytest.raises(ValueError, match="no Mllama"), isolated_text_rows(torch.nn.Linear(1, 1)):
+        pass
+
+
+def test_mllama_runs_the_tower_on_the_images_that_are_there():
+    processor = tiny_vision.processor("mllama")
+    model, collate, rows = tiny_vision.model("mllama", processor), VisionCollator(processor), mixed_rows()
+    seen = []
+    # Of the tower's own parts, which the hooks do not touch: [rows x images, tiles, patches, width].
+    part = model.model.vision_model.gated_positional_embedding
+    hook = part.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    with torch.no_grad():
+        stock = forward(model, collate(rows))
+        with present_images_only(model):
+            ours = forward(model, collate(rows))
+            forward(model, collate(rows[:1]))  # no image: the tower does not run
+        forward(model, collate(rows))
+    hook.remove()
+    assert seen == [8, 3, 8]
+    text = collate(rows)["attention_mask"].bool()
+    with isolated_text_rows(model), torch.no_grad():
+        masked = forward(model, collate(rows))
+        with present_images_only(model):
+            both = forward(model, collate(rows))
+    torch.testing.assert_close(both[text], masked[text], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[2, text[2]], stock[2, text[2]], rtol=0, atol=1e-5)  # has as many images as any
+    with isolated_text_rows(model), present_images_only(model):
+        logit, gradient = row_isolation(model, VisionCollator(processor, responses="all"), rows, [(0, 1, 2, 3)])
+    assert logit <= 1e-5 and gradient <= 1e-5
+    with pytest.raises(ValueError, match="no Mllama vision tower"), present_images_only(torch.nn.Linear(1, 1)):
         pass
 
 
