@@ -46,7 +46,7 @@ sys.path.insert(0, os.getcwd())
 # %%
 import torch
 
-from helpers import fsdp2, host
+from helpers import checkpoints, fsdp2, host
 from helpers.results import Results, save_figure, save_rows
 
 host.prepare()
@@ -57,8 +57,8 @@ host.environment_table()
 # %% [markdown]
 # ## Parameters
 # The defaults are the real run. `-p NAME VALUE` of `python3 -m helpers run`, or papermill's own, changes them.
-# `RANKS = 0` is one process a GPU, and two without any; `STEPS = 0` is 60 on a GPU and 4 without. `BENCH` runs the shape
-# of Llama 3.1 8B beside Unsloth, where there are two GPUs.
+# `MODEL = "auto"` is Llama 3.1 8B where a GPU and the Hub answer. `RANKS = 0` is one process a GPU, and two without any;
+# `STEPS = 0` is 60 on a GPU and 4 without. `BENCH` runs the shape of Llama 3.1 8B beside Unsloth, on two GPUs.
 
 # %% tags=["parameters"]
 MODEL = "auto"
@@ -70,10 +70,11 @@ BENCH = True
 # %%
 ranks = RANKS or GPUS or 2
 steps = STEPS or (60 if GPUS else 4)
-micro_steps = max(2, ranks)  # an optimizer step, over all ranks
+accumulation = 4 if GPUS else 1
+model = checkpoints.resolve_model(MODEL, checkpoints.CHALLENGE_8B)
 if GPUS == 1 and ranks == 1:
     print("One GPU: FSDP2 runs over one rank. Sharding and scaling need a second one; all else is shown.")
-print(f"{ranks} rank(s) on {host.machine()}")
+print(f"{model}, {ranks} rank(s) on {host.machine()}")
 
 # %% [markdown]
 # ## Why bytes change
@@ -105,7 +106,8 @@ print(inspect.getsource(NF4Tensor.fsdp_post_all_gather))
 # %% [markdown]
 # ## One process, then all of them
 # The same script, `helpers.train`, on the same rows in the same global batches: alone, then under `torchrun` with
-# `--fsdp2`. One rank prints; the launcher names the rank that fails, if one does.
+# `--fsdp2`. The challenge's settings on a GPU: LoRA of rank 64, rows of up to 2048 tokens, batch 2 x 4 a GPU. One rank
+# prints; the launcher names the rank that fails, if one does.
 
 # %%
 import csv
@@ -113,8 +115,9 @@ import csv
 from helpers.memory import MemoryTimeline
 
 common = [
-    "-m", "helpers.train", "--model", MODEL, "--dataset", DATASET, "--steps", str(steps), "--batch_size", "1",
-    "--max_length", str(2048 if GPUS else 128), "--prompt=",
+    "-m", "helpers.train", "--model", model, "--dataset", DATASET, "--steps", str(steps), "--prompt=",
+    *(["--batch_size", "2", "--max_length", "2048", "--lora_rank", "64"] if GPUS
+      else ["--batch_size", "1", "--max_length", "128"]),
 ]  # fmt: skip
 
 
@@ -137,12 +140,12 @@ def logged(folder):
 
 
 one, many = results.folder / "B_one", results.folder / "B_many"
-alone(*common, "--accumulation", str(micro_steps), "--output_dir", str(one))
+alone(*common, "--accumulation", str(accumulation * ranks), "--output_dir", str(one))
 
 # %%
 with MemoryTimeline() as timeline:
     fsdp2.launch(ranks, [
-        *common, "--fsdp2", "True", "--accumulation", str(micro_steps // ranks), "--output_dir", str(many),
+        *common, "--fsdp2", "True", "--accumulation", str(accumulation), "--output_dir", str(many),
     ], results.folder / "B_logs")  # fmt: skip
 
 # %% [markdown]
@@ -209,7 +212,7 @@ import json
 
 fsdp2.launch(ranks, [
     "-m", "helpers.fsdp2_features", "--out", str(results.folder / "B_features"),
-    *(["--model", MODEL, "--dataset", DATASET, "--max-length", "1024"] if GPUS
+    *(["--model", checkpoints.resolve_model(MODEL), "--dataset", DATASET, "--max-length", "1024"] if GPUS
       else ["--model", "shape:tiny-untied", "--dataset", "random:8-40x64", "--max-length", "40"]),
 ], results.folder / "B_logs")  # fmt: skip
 document = json.loads((results.folder / "B_features" / "fsdp2_features.json").read_text())
