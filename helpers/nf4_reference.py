@@ -19,7 +19,7 @@ def dequantize_reference(weight: torch.Tensor, state: QuantState, dtype: torch.d
 
         dtype: of the result, ``state.dtype`` where not given.
 
-    Returns: ``state.shape`` of that dtype.
+    Returns: ``state.shape`` of that dtype; transposed, as bitsandbytes does it, for a weight of shape [1, ...].
     """
     packed = weight.contiguous().view(torch.uint8).flatten()
     n = torch.Size(state.shape).numel()
@@ -33,7 +33,8 @@ def dequantize_reference(weight: torch.Tensor, state: QuantState, dtype: torch.d
     values = NF4_TABLE if state.quant_type == "nf4" else FP4_TABLE
     table = torch.tensor(values, dtype=torch.float32, device=packed.device)
     per_weight = scale.float().repeat_interleave(state.blocksize)[:n]
-    return (table[codes] * per_weight).to(dtype or state.dtype).reshape(state.shape)
+    result = (table[codes] * per_weight).to(dtype or state.dtype).reshape(state.shape)
+    return result.t() if weight.shape[0] == 1 else result
 
 
 def random_quantised(

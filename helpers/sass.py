@@ -12,12 +12,15 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -112,6 +115,9 @@ def compile_plain(capability: int, dtype: torch.dtype):
     return compile_ahead(plain_kernel, types, constants, capability, 4), 64
 
 
+_PATCHING = threading.Lock()  # kernels are compiled side by side
+
+
 @functools.cache
 def _unsloth_module():
     """Unsloth's module of NF4 kernels where it is installed, loaded alone (the package patches others)."""
@@ -130,10 +136,11 @@ def _unsloth_module():
 
 def compile_unsloth(capability: int, dtype: torch.dtype, n: int = 2**24):
     """The kernel of an installed Unsloth, in the setting that it chooses for `n` elements; None where there is none."""
-    if (module := _unsloth_module()) is None:
-        return None
-    with mock.patch.object(module, "_capability", lambda index: divmod(capability, 10)):
-        rows, num_warps, words, evict, lookup = module._config_for(n // 2, 32, torch.device("cuda", 0))
+    with _PATCHING:
+        if (module := _unsloth_module()) is None:
+            return None
+        with mock.patch.object(module, "_capability", lambda index: divmod(capability, 10)):
+            rows, num_warps, words, evict, lookup = module._config_for(n // 2, 32, torch.device("cuda", 0))
     types = {"W_ptr": "*u8", "absmax_ptr": "*u8", "out_ptr": f"*{_DTYPES[dtype]}"}
     types |= dict.fromkeys(("code2_ptr", "absmax2_ptr", "offset_ptr", "lut_ptr"), "*fp32")
     types |= dict.fromkeys(("n_elements", "n_bytes", "n_blocks"), "i32")
@@ -153,12 +160,17 @@ KERNELS = {
 
 def table(capabilities: Sequence[int] = CAPABILITIES, kernels: Sequence[str] = tuple(KERNELS)) -> list[dict]:
     """A row for every architecture, dtype and kernel: NF4, blocks of 64, double quantization."""
-    rows = []
-    for capability, dtype, name in itertools.product(capabilities, (torch.float16, torch.bfloat16), kernels):
-        if (found := KERNELS[name](capability, dtype)) is not None:
-            row = {"arch": f"sm_{capability}", "dtype": str(dtype).removeprefix("torch."), "kernel": name}
-            rows.append({**row, **summarize(*found)})
-    return rows
+
+    def row(case: tuple[int, torch.dtype, str]) -> dict | None:
+        capability, dtype, name = case
+        if (found := KERNELS[name](capability, dtype)) is None:
+            return None
+        arch = {"arch": f"sm_{capability}", "dtype": str(dtype).removeprefix("torch."), "kernel": name}
+        return {**arch, **summarize(*found)}
+
+    cases = itertools.product(capabilities, (torch.float16, torch.bfloat16), kernels)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [found for found in pool.map(row, cases) if found]
 
 
 def main() -> None:
