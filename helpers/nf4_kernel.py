@@ -14,6 +14,7 @@ in plain Triton.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -216,3 +217,53 @@ def dequantize_kernel(
         weights = tl.gather(products, codes.reshape(GROUPS, GROUP), 1)
         element = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         tl.store(out_ptr + element, weights, None if EVEN else element < n_left)
+
+
+INTERPRETED = not isinstance(dequantize_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: the kernel runs on the CPU
+
+
+def launch_options(
+    n: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    blocksize: int = 64,
+    blocksize2: int | None = 256,
+    fp4: bool = False,
+    words: bool = True,
+    asm: bool = True,
+    hints: bool = True,
+) -> dict:
+    """What `dequantize_kernel` takes after `n_elements`, in its order, and `num_warps`.
+
+    Args:
+        n: elements of the weight. dtype: of the output. capability: of the GPU.
+        blocksize2: scales that share a second scale, or None without double quantization.
+        words: the packed weight and the output are aligned to 4 bytes.
+        asm, hints: False leaves inline PTX, cache eviction hints out.
+    """
+    group = min(blocksize, 64)
+    asm = asm and words and n % group == 0 and dtype != torch.float32 and not INTERPRETED
+    if INTERPRETED:  # a program costs milliseconds there, whatever its size
+        groups, num_warps = min(triton.next_power_of_2(triton.cdiv(n, group)), 16384), 1
+    elif asm:
+        groups, num_warps = 32, 1  # a lane a block; one warp needs no barriers on its way through shared memory
+    else:
+        groups, num_warps = (64 if capability >= (8, 0) else 128), 4
+    return {
+        "block_shift": (blocksize // group).bit_length() - 1,
+        "GROUP": group,
+        "BLOCKSIZE2": blocksize2 or 1,
+        "NESTED": blocksize2 is not None,
+        "FP4": fp4,
+        "GROUPS": groups,
+        "UNIT": 4 if words and n % 8 == 0 else 1,
+        "EVEN": n % (groups * group) == 0,
+        "ASM": asm,
+        "ROUND_BF16": dtype == torch.bfloat16 and capability < (8, 0),
+        "HINTS": hints,
+        "num_warps": num_warps,
+    }
+
+
+def launch_grid(n: int, options: dict) -> tuple[int, int, int]:
+    return triton.cdiv(n, options["GROUPS"] * options["GROUP"]), 1, 1
