@@ -7,26 +7,30 @@ wheels are unpacked (uv does both, as it would on Windows); each requirement's o
 DLL that a ``.pyd`` or ``.dll`` imports must come from a wheel of the set, from Python, from Windows or from a
 prerequisite that is named, and must export the very functions that are imported from it. The same set with one of the
 `NEEDED` wheels taken out must be refused. Nothing is executed. PyPI's torch for Windows is a CPU build: what the CUDA
-build adds is taken on its word, unless ``--cuda`` fetches that build (2.5 GB) from PyTorch's own index.
+build adds is taken on its word, unless ``--cuda`` fetches that build (2.5 GB) from PyTorch's own index. What was read
+of a set is kept in the cache folder; where the registry does not answer, the check runs on that, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import fnmatch
+import hashlib
+import json
 import mmap
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import Distribution, distributions
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 
 from .environment import ROOT
+from .portable_executable import Binary, NotAPortableExecutable, read_binary
 
 PYTHONS = ("3.11", "3.12", "3.13")
 BESIDE = ("unsloth", "xformers")  # not pinned by us, and promised to work beside what is
@@ -60,96 +64,6 @@ PREREQUISITES = {  # by the beginning of a DLL's name
 }
 
 
-class NotAPortableExecutable(ValueError):
-    """The file is no 64-bit Windows binary, or is cut off."""
-
-
-@dataclass
-class Binary:
-    """What a Windows binary imports and exports; DLL names in lower case, functions by name or as ``#ordinal``."""
-
-    imports: dict[str, list[str]] = field(default_factory=dict)
-    exports: set[str] = field(default_factory=set)
-
-
-def read_binary(data: bytes | mmap.mmap) -> Binary:
-    """Read the import, delayed import and export tables of a PE32+ file (Microsoft's PE format, optional header 0x20b).
-
-    Raises:
-        NotAPortableExecutable: it is something else, or a table points outside the file.
-    """
-    try:
-        return _Reader(data).read()
-    except (struct.error, IndexError) as error:
-        raise NotAPortableExecutable(f"a table points outside the file ({error})") from error
-
-
-class _Reader:
-    def __init__(self, data: bytes | mmap.mmap):
-        self.data = data
-        (header,) = struct.unpack_from("<I", data, 0x3C)
-        if data[:2] != b"MZ" or data[header : header + 4] != b"PE\0\0":
-            raise NotAPortableExecutable("no PE header")
-        machine, sections = struct.unpack_from("<HH", data, header + 4)
-        (optional_size,) = struct.unpack_from("<H", data, header + 20)
-        optional = header + 24
-        if machine != 0x8664 or struct.unpack_from("<H", data, optional)[0] != 0x20B:
-            raise NotAPortableExecutable(f"machine {machine:#x} is not x64")
-        (directories,) = struct.unpack_from("<I", data, optional + 108)
-        self.directories = [struct.unpack_from("<II", data, optional + 112 + 8 * i) for i in range(directories)]
-        table = optional + optional_size
-        self.sections = [struct.unpack_from("<IIII", data, table + 40 * i + 8) for i in range(sections)]
-
-    def read(self) -> Binary:
-        found = Binary()
-        for at in self._table(1, 20):
-            lookup, _, _, name, address = struct.unpack_from("<5I", self.data, at)
-            if not name:
-                break
-            found.imports.setdefault(self._text(name).lower(), []).extend(self._functions(lookup or address))
-        for at in self._table(13, 32):  # looked up at the first call
-            _, name, _, _, lookup = struct.unpack_from("<5I", self.data, at)
-            if not name:
-                break
-            found.imports.setdefault(self._text(name).lower(), []).extend(self._functions(lookup))
-        for at in self._table(0, 40):
-            base, functions, names, _, name_table, ordinals = struct.unpack_from("<6I", self.data, at + 16)
-            found.exports.update(f"#{base + i}" for i in range(functions))
-            if names:
-                start = self._offset(name_table)
-                found.exports.update(self._text(rva) for rva in struct.unpack_from(f"<{names}I", self.data, start))
-            break
-        return found
-
-    def _table(self, directory: int, size: int) -> Iterator[int]:
-        """File offsets of a directory's rows; the caller stops at the row of zeros."""
-        if directory >= len(self.directories) or not self.directories[directory][0]:
-            return
-        at = self._offset(self.directories[directory][0])
-        while True:
-            yield at
-            at += size
-
-    def _functions(self, rva: int) -> Iterator[str]:
-        at = self._offset(rva)
-        while (entry := struct.unpack_from("<Q", self.data, at)[0]) != 0:
-            yield f"#{entry & 0xFFFF}" if entry >> 63 else self._text((entry & 0x7FFFFFFF) + 2)
-            at += 8
-
-    def _offset(self, rva: int) -> int:
-        for size, address, raw_size, raw in self.sections:
-            if address <= rva < address + max(size, raw_size):
-                return rva - address + raw
-        raise IndexError(f"address {rva:#x} is in no section")
-
-    def _text(self, rva: int) -> str:
-        start = self._offset(rva)
-        end = self.data.find(b"\0", start)
-        if end < 0:
-            raise IndexError("a name has no end")
-        return self.data[start:end].decode("ascii", "replace")
-
-
 def unmet_imports(binaries: dict[str, Binary], promised: Iterable[str] = ()) -> tuple[list[str], dict[str, set[str]]]:
     """What cannot be loaded, and which prerequisites outside the set (by name) which files want.
 
@@ -177,26 +91,35 @@ def unmet_imports(binaries: dict[str, Binary], promised: Iterable[str] = ()) -> 
     return faults, wanted
 
 
-def unmet_requirements(installed: Iterable[Distribution], needed: Iterable[str], python: str) -> list[str]:
+@dataclass
+class Package:
+    """What a wheel's metadata says of it; ``files``: its binaries."""
+
+    name: str
+    version: str
+    requires: list[str]
+    files: list[str]
+
+
+def unmet_requirements(installed: list[Package], needed: Iterable[str], python: str) -> list[str]:
     """Packages of ``needed``, and requirements of the ``installed`` ones as Windows reads them, that are not there."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    installed = list(installed)
     versions = {canonicalize_name(d.name): d.version for d in installed}
     machine = {
         "os_name": "nt", "sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64",
         "python_version": python, "python_full_version": f"{python}.0", "extra": "",
     }  # fmt: skip
     faults = [f"{name} is needed, and there is no wheel of it" for name in needed if name not in versions]
-    for distribution in installed:
-        for line in distribution.requires or ():
+    for package in installed:
+        for line in package.requires:
             want = Requirement(line)
             if want.marker is not None and not want.marker.evaluate(machine):
                 continue
             version = versions.get(canonicalize_name(want.name))
             if version is None or not want.specifier.contains(version, prereleases=True):
-                faults.append(f"{distribution.name} {distribution.version} needs {want}, and there is {version}")
+                faults.append(f"{package.name} {package.version} needs {want}, and there is {version}")
     return faults
 
 
@@ -204,14 +127,18 @@ def unmet_requirements(installed: Iterable[Distribution], needed: Iterable[str],
 class WheelSet:
     """An unpacked set: its packages, its binaries by path, and what could not be read."""
 
-    packages: list[Distribution]
+    packages: list[Package]
     binaries: dict[str, Binary]
     unreadable: list[str] = field(default_factory=list)
+    recorded: str = ""  # the day, where it was read from a record
 
     @classmethod
     def of(cls, folder: Path) -> WheelSet:
         """Read every ``.pyd`` and ``.dll`` below ``folder`` that this kind of machine could load."""
-        found = cls(list(distributions(path=[str(folder)])), {})
+        found = cls([], {})
+        for each in distributions(path=[str(folder)]):
+            files = [f.as_posix() for f in each.files or () if f.suffix.lower() in (".pyd", ".dll")]
+            found.packages.append(Package(each.name, each.version, list(each.requires or ()), files))
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             other = name not in THIS_MACHINE and any(fnmatch.fnmatch(name, pattern) for pattern in OTHER_MACHINES)
@@ -226,9 +153,9 @@ class WheelSet:
 
     def without(self, package: str) -> WheelSet:
         """The set with one wheel taken out."""
-        gone = {file.as_posix() for d in self.packages if d.name.lower() == package for file in d.files or ()}
+        gone = {file for each in self.packages if each.name.lower() == package for file in each.files}
         kept = {name: binary for name, binary in self.binaries.items() if name not in gone}
-        return WheelSet([d for d in self.packages if d.name.lower() != package], kept, self.unreadable)
+        return WheelSet([each for each in self.packages if each.name.lower() != package], kept, self.unreadable)
 
     def check(
         self, python: str, needed: Iterable[str] = NEEDED, promised: Iterable[str] = CUDA_TORCH
@@ -236,6 +163,58 @@ class WheelSet:
         """Faults (none: the set is whole), and the prerequisites outside it with the files that want them."""
         unmet, wanted = unmet_imports(self.binaries, promised)
         return self.unreadable + unmet_requirements(self.packages, needed, python) + unmet, wanted
+
+    def save(self, path: Path) -> None:
+        """Record it, but for functions that nobody in the set imports."""
+        from .results import write_atomically
+
+        inside = {name.rpartition("/")[2].lower() for name in self.binaries}
+        asked = {(dll, f) for b in self.binaries.values() for dll, functions in b.imports.items() for f in functions}
+        binaries = {}
+        for name, binary in self.binaries.items():
+            own = name.rpartition("/")[2].lower()
+            imports = {dll: functions if dll in inside else [] for dll, functions in binary.imports.items()}
+            binaries[name] = {"imports": imports, "exports": sorted(f for f in binary.exports if (own, f) in asked)}
+        document = {
+            "day": datetime.date.today().isoformat(), "packages": [asdict(each) for each in self.packages],
+            "binaries": binaries, "unreadable": self.unreadable,
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(document))
+
+    @classmethod
+    def load(cls, path: Path) -> WheelSet:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        binaries = {name: Binary(b["imports"], set(b["exports"])) for name, b in document["binaries"].items()}
+        return cls(
+            [Package(**each) for each in document["packages"]], binaries, document["unreadable"], document["day"]
+        )
+
+
+def wheel_set(python: str, cuda: bool = False) -> WheelSet:
+    """The set for Windows and ``python``, resolved now, or as it was recorded where the registry does not answer.
+
+    Raises:
+        ValueError: there is no such set of wheels; or no answer and no record.
+    """
+    from .checkpoints import cache_folder
+
+    pins = hashlib.sha256((ROOT / "requirements.txt").read_bytes() + repr((BESIDE, cuda)).encode()).hexdigest()[:12]
+    record = cache_folder() / f"windows-{python}-{pins}.json"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        try:
+            unpack(Path(scratch), python, cuda)
+        except NoAnswerError:
+            if record.exists():
+                return WheelSet.load(record)
+            raise
+        wheels = WheelSet.of(Path(scratch))
+    wheels.save(record)
+    return wheels
+
+
+class NoAnswerError(ValueError):
+    """The package registry cannot be reached."""
 
 
 def unpack(folder: Path, python: str, cuda: bool = False) -> None:
@@ -245,7 +224,8 @@ def unpack(folder: Path, python: str, cuda: bool = False) -> None:
         cuda: take torch from `CUDA_INDEX` instead of PyPI.
 
     Raises:
-        ValueError: there is no such set of wheels, or the registry does not answer.
+        NoAnswerError: the registry does not answer.
+        ValueError: there is no such set of wheels.
     """
     command = [
         *_uv(), "pip", "install", "-q", "--target", str(folder), "--python-platform", "x86_64-pc-windows-msvc",
@@ -253,8 +233,10 @@ def unpack(folder: Path, python: str, cuda: bool = False) -> None:
         *(["--torch-backend", CUDA] if cuda else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode and "No solution found" in done.stderr:
         raise ValueError(f"no set of wheels for Windows and Python {python}: {done.stderr.strip()[-800:]}")
+    if done.returncode:
+        raise NoAnswerError(f"the package registry does not answer: {done.stderr.strip()[-300:]}")
 
 
 def missing_here() -> list[tuple[str, str]]:
@@ -297,7 +279,7 @@ def _uv() -> list[str]:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:"]
             done = subprocess.run([*pip, "--target", f"{scratch}/uv", UV], capture_output=True, text=True)
             if done.returncode:
-                raise ValueError(f"pip could not fetch {UV}: {done.stderr.strip()[-300:]}")
+                raise NoAnswerError(f"pip could not fetch {UV}: {done.stderr.strip()[-300:]}")
             shutil.move(f"{scratch}/uv", folder)
     return [str(folder / "bin" / ("uv.exe" if os.name == "nt" else "uv"))]
 
@@ -309,22 +291,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     failed = False
     for python in args.python or PYTHONS:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            try:
-                unpack(Path(scratch), python, args.cuda)
-            except ValueError as error:
-                print(f"FAIL  Python {python}: {error}")
-                failed = True
-                continue
-            wheels = WheelSet.of(Path(scratch))
-            versions = {d.name.lower(): d.version for d in wheels.packages}
-            promised = () if args.cuda else CUDA_TORCH
-            faults, wanted = wheels.check(python, promised=promised)
-            refused = {name: wheels.without(name).check(python, promised=promised)[0] for name in NEEDED}
+        try:
+            wheels = wheel_set(python, args.cuda)
+        except ValueError as error:
+            print(f"FAIL  Python {python}: {error}")
+            failed = True
+            continue
+        versions = {each.name.lower(): each.version for each in wheels.packages}
+        promised = () if args.cuda else CUDA_TORCH
+        faults, wanted = wheels.check(python, promised=promised)
+        refused = {name: wheels.without(name).check(python, promised=promised)[0] for name in NEEDED}
         faults += [f"the set without {name} is accepted too" for name, found in refused.items() if not found]
         failed |= bool(faults)
         pieces = ", ".join(f"{name} {versions.get(name, 'MISSING')}" for name in NEEDED)
-        count = f"{len(versions)} wheels, {len(wheels.binaries)} binaries"
+        when = f" as recorded on {wheels.recorded}" if wheels.recorded else ""
+        count = f"{len(versions)} wheels{when}, {len(wheels.binaries)} binaries"
         print(f"{'FAIL' if faults else 'PASS'}  Python {python}: {count}; {pieces}")
         for fault in faults:
             print(f"      {fault}")

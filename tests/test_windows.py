@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 
 import pytest
 
 from helpers import environment, windows
+from helpers.portable_executable import Binary, NotAPortableExecutable, read_binary
 
 BASE = 0x1000  # one section: its address and its place in the file are the same
 
@@ -42,12 +44,12 @@ def binary(imports: dict[str, list[str]] | None = None, exports: list[str] = (),
     return header + bytes(BASE - len(header)) + bytes(body)
 
 
-def read(**binaries: bytes) -> dict[str, windows.Binary]:
-    return {name.replace("__", "/").replace("_dll", ".dll"): windows.read_binary(b) for name, b in binaries.items()}
+def read(**binaries: bytes) -> dict[str, Binary]:
+    return {name.replace("__", "/").replace("_dll", ".dll"): read_binary(b) for name, b in binaries.items()}
 
 
 def test_tables_are_read():
-    found = windows.read_binary(binary({"KERNEL32.dll": ["Sleep", "#12"], "a.dll": ["f"]}, ["g", "h"]))
+    found = read_binary(binary({"KERNEL32.dll": ["Sleep", "#12"], "a.dll": ["f"]}, ["g", "h"]))
     assert found.imports == {"kernel32.dll": ["Sleep", "#12"], "a.dll": ["f"]}
     assert found.exports == {"g", "h", "#7", "#8"}
 
@@ -62,8 +64,8 @@ def test_tables_are_read():
     ],
 )
 def test_other_files_are_refused(data, said):
-    with pytest.raises(windows.NotAPortableExecutable, match=said):
-        windows.read_binary(data)
+    with pytest.raises(NotAPortableExecutable, match=said):
+        read_binary(data)
 
 
 def test_a_whole_set_is_accepted_and_its_prerequisites_named():
@@ -130,6 +132,27 @@ def test_a_set_with_one_wheel_taken_out_is_refused(unpacked):
     assert any(re.search(r"fast 1.0 needs triton-windows.* there is None", fault) for fault in faults)
     (unpacked / "torch/lib/torch_cpu.dll").write_bytes(b"not a binary" * 20)
     assert any("no PE header" in fault for fault in windows.WheelSet.of(unpacked).check("3.12", needed)[0])
+
+
+def test_a_record_stands_in_where_the_registry_does_not_answer(unpacked, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def unpack(folder, python, cuda):
+        if not answers:
+            raise windows.NoAnswerError("the package registry does not answer")
+        shutil.copytree(unpacked, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
+
+    monkeypatch.setattr(windows, "unpack", unpack)
+    answers = False
+    with pytest.raises(windows.NoAnswerError):
+        windows.wheel_set("3.12")
+    answers = True
+    read_now = windows.wheel_set("3.12")
+    answers = False
+    recorded = windows.wheel_set("3.12")
+    assert recorded.recorded and not read_now.recorded
+    for change in (lambda w: w, lambda w: w.without("torch"), lambda w: w.without("triton-windows")):
+        assert change(recorded).check("3.12", ("fast",)) == change(read_now).check("3.12", ("fast",))
 
 
 def test_pins_say_triton_for_each_system():
