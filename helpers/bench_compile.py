@@ -30,7 +30,7 @@ from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_conf
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
     "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter",
-    "pad1", "pad128",
+    "pad1", "graphs",
 }  # fmt: skip
 
 
@@ -64,8 +64,6 @@ class Clock(TrainerCallback):
         self.ended = now
         if state.global_step == self.profile:
             self.profiler.__exit__(None, None, None)
-        if state.global_step == WARM and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
@@ -125,8 +123,10 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
     options = {}
     if "filter" in words:
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    pad_to = 1 if "pad1" in words else 128 if "pad128" in words else PAD_TO
-    with compile_model(model, max_autotune="autotune" in words, options=options, pad_to=pad_to):
+    pad_to = 1 if "pad1" in words else PAD_TO
+    with compile_model(
+        model, max_autotune="autotune" in words, options=options, pad_to=pad_to, cuda_graphs="graphs" in words
+    ):
         torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
         yield
 

@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters, get_compilation_metrics
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import one_graph, without_cudnn
-from .linear_loss import IGNORED
-from .loss_functions import causal_lm_loss
+from .linear_chunk import autocast_now
+from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
+from .linear_plan import Form, Output, Plan
+from .step_graphs import StepGraphs
 
-PAD_TO = 64  # tokens
+PAD_TO = 128  # tokens
 LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
 # Families whose forward is backbone, head, optional softcap: what the fused loss computes.
 PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
@@ -41,6 +44,7 @@ class CompiledModel:
     parts: dict[str, str] = field(default_factory=dict)
     active: bool = True
     pad_to: int = 1
+    cuda_graphs: bool = False
     most_rows: dict[bool, int] = field(default_factory=dict)  # so far, with gradients and without
 
 
@@ -53,6 +57,7 @@ def compile_model(
     save_less: bool = True,
     options: dict[str, Any] | None = None,
     pad_to: int = PAD_TO,
+    cuda_graphs: bool = False,
     sharded: bool = False,
 ) -> Iterator[CompiledModel]:
     """Within the context the model's regions run compiled, in training and in evaluation with labels.
@@ -70,6 +75,7 @@ def compile_model(
         options: further options of Inductor.
         pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
             for each size it has not met; multiples recur.
+        cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask.
         sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py and its embedding is not, since
             FSDP2's hooks must run around them.
 
@@ -88,7 +94,7 @@ def compile_model(
     if max_autotune:
         options |= {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options or None)
-    compiled = CompiledModel(pad_to=pad_to)
+    compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs and not sharded)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         stack.enter_context(without_cudnn())
@@ -242,9 +248,22 @@ def _compile_loss(
     stack.enter_context(_called_as([norm], call_norm))
     forward, own = base.forward, "forward" in vars(base)
 
+    def loss_of(ids: Tensor, labels: Tensor, items: Tensor | int, **kwargs: Any) -> Tensor:
+        nonlocal deferred
+        deferred = True
+        try:
+            with contextlib.nullcontext() if kwargs else _not_packed():
+                hidden = decoder(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        finally:
+            deferred = False
+        with _gathered(head, hidden.device):
+            return _summed_in_chunks(region_of, head, hidden, labels, items)
+
+    graphs: StepGraphs | None = None
+
     @functools.wraps(forward)
     def compiled_forward(input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs):
-        nonlocal deferred
+        nonlocal graphs
         more = any(kwargs.get(name) for name in ("fused_lm_head", "output_hidden_states", "output_attentions"))
         if not compiled.active or labels is None or input_ids is None or more:
             if labels is not None:
@@ -253,21 +272,47 @@ def _compile_loss(
         items = kwargs.pop("num_items_in_batch", None)
         kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in ("use_cache", "return_dict")}
         input_ids, labels = _batch_for_one_graph(compiled, input_ids, labels, kwargs)
-        deferred = True
-        try:
-            hidden = decoder(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-        finally:
-            deferred = False
-        with _gathered(head, hidden.device):
-            loss = causal_lm_loss(
-                hidden, head, labels, items, forward_function=region_of, compile=False,
-                chunk_size=_chunk_rows(labels.numel(), head.out_features * hidden.itemsize),
+        if items is None:
+            items = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        elif torch.is_tensor(items):
+            items = items.to(input_ids.device)
+        if kwargs or not (compiled.cuda_graphs and base.training and torch.is_grad_enabled() and input_ids.is_cuda):
+            return CausalLMOutput(loss=loss_of(input_ids, labels, items, **kwargs))
+        if graphs is None:
+            few = min(2, decoder.config.num_hidden_layers)  # two, where layers are of two kinds
+            graphs = StepGraphs(
+                loss_of, lambda: mock.patch.object(decoder.config, "num_hidden_layers", few),
+                [parameter for parameter in base.parameters() if parameter.requires_grad],
             )  # fmt: skip
-        return CausalLMOutput(loss=loss)
+        return CausalLMOutput(loss=graphs(input_ids, labels, items, decoder.layers[0].gradient_checkpointing))
 
     base.forward = compiled_forward
     stack.callback(lambda: _restore_forward(base, compiled_forward, forward if own else None))
     return "compiled"
+
+
+def _summed_in_chunks(
+    region: Callable, head: nn.Linear, hidden: Tensor, labels: Tensor, items: Tensor | int
+) -> Tensor:
+    """``region`` over all rows, divided by ``items``: `linear_forward` without its checks, which wait for the GPU."""
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
+    rows = _chunk_rows(len(hidden), head.out_features * hidden.itemsize)
+    if not (hidden.requires_grad and torch.is_grad_enabled()):
+        return linear_forward(
+            hidden, head, labels, forward_function=region, chunk_size=rows, denominator=items, compile=False
+        )
+    plan = Plan(
+        region, head, trained=[], frozen=[], sum_dtype=None, autocast=autocast_now(hidden.device), count=len(hidden),
+        kept=None, form=Form((Output(False, torch.Size(), torch.float32, True),)), total=True, denominator=items,
+        rows=rows,
+    )  # fmt: skip
+    return MemoryEfficientLinear.apply(plan, hidden, 1, labels)[0]
+
+
+def _not_packed() -> contextlib.AbstractContextManager:
+    """Within, transformers does not look for packed rows where no positions are given: it would wait for the GPU."""
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 @contextlib.contextmanager

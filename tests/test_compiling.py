@@ -398,3 +398,33 @@ def test_gpu_max_autotune_recompiles_no_more():
         losses = train(model, batches(6, 300, device="cuda"), autocast=torch.float16)
     assert all(loss == loss for loss in losses)
     assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype):
+    model = qlora_model("cuda", dtype)
+    weights = trainable(model)
+    found, peaks = [], []
+    for cuda_graphs in (False, True):
+        restart(model, weights)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):
+            found.append(train(model, batches(20, 1024, device="cuda"), autocast=dtype, scaler=scaler))
+        peaks.append(torch.cuda.max_memory_reserved())
+        assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+@pytest.mark.gpu
+def test_gpu_a_replayed_loss_whose_activations_are_gone_says_so():
+    model = family_model("llama").cuda().train()
+    ids = torch.randint(3, 256, (2, 50), device="cuda")
+    with compile_model(model, cuda_graphs=True):
+        first = model(input_ids=ids, labels=ids).loss
+        model(input_ids=ids, labels=ids).loss.backward()
+        with pytest.raises(RuntimeError, match="without cuda_graphs"):
+            first.backward()

@@ -1,0 +1,119 @@
+"""CUDA graphs of whole micro-steps: forward and backward of a batch as two launches, whatever the model is made of.
+
+A compiled QLoRA step of a small model is a few thousand kernels of some 10 us: launching them takes longer than running
+them. Where lengths recur (`compile_model` pads them), a step of each length is recorded once and then replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class _Step:
+    """One recorded length: what it reads (ids, labels, items, upstream), what it writes, and its two graphs."""
+
+    ids: Tensor
+    labels: Tensor
+    items: Tensor
+    upstream: Tensor
+    loss: Tensor
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+
+
+class StepGraphs:
+    """``graphs(ids, labels, items)`` is ``loss(ids, labels, items)``, replayed; its backward pass adds to ``grad``.
+
+    All recordings share one memory pool, so they need no more than the longest alone. A replayed loss must be
+    differentiated before the next is made. Gradients are in buffers of ours, which ``grad`` is set to.
+
+    Args:
+        loss: (ids [rows, length], labels [rows, length], items []) -> float32 []; may not wait for the GPU.
+        warm_up: context in which ``loss`` is a small part of itself that launches each kind of kernel once.
+        parameters: everything that is trained.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+        warm_up: Callable[[], contextlib.AbstractContextManager],
+        parameters: Sequence[nn.Parameter],
+    ):
+        self.loss, self.warm_up, self.parameters = loss, warm_up, list(parameters)
+        self.steps: dict[tuple, _Step] = {}
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.anchor = torch.zeros((), device="cuda", requires_grad=True)  # what autograd believes the loss depends on
+        self.pending: object = None
+
+    def __call__(self, ids: Tensor, labels: Tensor, items: Tensor | int, *mode: Any) -> Tensor:
+        """``mode``: whatever else a recording depends on."""
+        key = (ids.shape, *mode, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        key += tuple(parameter.data_ptr() for parameter in self.parameters)
+        step = self.steps.get(key)
+        if step is None:
+            step = self.steps[key] = self._recorded(ids, labels)
+        step.ids.copy_(ids)
+        step.labels.copy_(labels)
+        step.items.copy_(items) if isinstance(items, Tensor) else step.items.fill_(items)
+        return _Replay.apply(self.anchor, self, step)
+
+    def _recorded(self, ids: Tensor, labels: Tensor) -> _Step:
+        ids, labels = ids.clone(), labels.clone()
+        items, upstream = torch.ones((), device=ids.device), torch.ones((), device=ids.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), self.warm_up():  # compiles, loads kernels, lets cuBLAS choose
+            for _ in range(2):
+                torch.autograd.grad(self.loss(ids, labels, items), self.parameters, allow_unused=True)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self.pool, stream=self.stream):
+            loss = self.loss(ids, labels, items)
+        with torch.cuda.graph(backward, pool=self.pool, stream=self.stream):
+            found = torch.autograd.grad(loss, self.parameters, upstream, allow_unused=True)
+            pairs = [(buffer, gradient) for buffer, gradient in zip(self.buffers, found, strict=True)
+                     if gradient is not None]  # fmt: skip
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        return _Step(ids, labels, items, upstream, loss.detach(), forward, backward)
+
+    def own_gradients(self) -> None:
+        """Make ``grad`` of each parameter our buffer, with what it held."""
+        if all(parameter.grad is None for parameter in self.parameters):
+            torch._foreach_zero_(self.buffers)
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            if parameter.grad is buffer:
+                continue
+            if parameter.grad is not None:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor: Tensor, graphs: StepGraphs, step: _Step) -> Tensor:
+        ctx.graphs, ctx.step = graphs, step
+        graphs.pending = ctx
+        step.forward.replay()
+        return step.loss.clone()  # the next length may write there
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        graphs, step = ctx.graphs, ctx.step
+        if graphs.pending is not ctx:
+            raise RuntimeError(
+                "another loss was computed before the backward pass of this one, and took its activations' place: call "
+                "backward after each forward, or do without cuda_graphs"
+            )
+        graphs.pending = None
+        step.upstream.copy_(upstream)
+        graphs.own_gradients()
+        step.backward.replay()
+        return None, None, None
