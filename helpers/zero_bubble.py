@@ -73,10 +73,13 @@ def schedule(model: nn.Module, rank: int, ranks: int, micro_batches: int, device
     Layers of other stages are not touched, and can be freed by the caller. Stages alternate: rank, rank + ranks.
 
     Raises:
-        ValueError: fewer layers than stages, micro-batches that do not divide, layers compiled, checkpoints reentrant.
+        ValueError: fewer layers than stages, micro-batches that do not divide, layers compiled, checkpoints reentrant,
+            a torch that cannot start a pipeline on CPUs.
     """
     stages = STAGES_A_RANK * ranks
     layers = model.get_base_model().get_decoder().layers
+    if device.type == "cpu" and torch.__version__ < (2, 13):  # sends 8 bytes where it receives 4, and gloo minds
+        raise ValueError(f"torch {torch.__version__} cannot start a pipeline over gloo: use GPUs, or torch 2.13")
     if len(layers) < stages:
         raise ValueError(f"{len(layers)} layers cannot be cut into {stages} stages: use fewer processes")
     if micro_batches % ranks:
