@@ -21,6 +21,7 @@ from helpers import classification, compiling
 from helpers.checkpoints import LORA_TARGETS, nf4_config
 
 PAD, EOS = 0, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {
     "single": {"num_labels": 3},
     "multi": {"num_labels": 3, "problem_type": "multi_label_classification"},
@@ -60,7 +61,11 @@ def rows(side: str = "right", lengths=(9, 4, 6), end: int = EOS, pad: int = PAD)
 
 def load(folder, auto=AutoModelForSequenceClassification, seed=3, **kwargs):
     torch.manual_seed(seed)  # the head is drawn anew
-    return auto.from_pretrained(folder, **kwargs)
+    return auto.from_pretrained(folder, **{"dtype": torch.float32, "device_map": {"": DEVICE}} | kwargs)
+
+
+def on_device(batch):
+    return {key: value.to(DEVICE) for key, value in batch.items()}
 
 
 def lora(model, task=TaskType.SEQ_CLS):
@@ -78,7 +83,8 @@ def gradients(model):
 
 
 def assert_same_step(ours, stock, batch, labels, tolerance, real=slice(None)):
-    a, b = ours(**batch, labels=labels), stock(**batch, labels=labels)
+    batch = on_device(batch | {"labels": labels})
+    a, b = ours(**batch), stock(**batch)
     torch.testing.assert_close(a.loss, b.loss.float(), atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(a.logits[real], b.logits[real].float(), atol=tolerance, rtol=tolerance)
     a.loss.backward(), b.loss.backward()
@@ -118,7 +124,7 @@ def test_a_text_that_ends_in_the_padding_token_is_pooled_at_its_end(folder):
     with torch.no_grad(), classification.patch(quantize=False):
         ours = load(folder, num_labels=3, pad_token_id=EOS).eval()
         for side in ("right", "left"):
-            batch = rows(side, end=EOS, pad=EOS)
+            batch = on_device(rows(side, end=EOS, pad=EOS))
             pooled, stock_pooled = ours(**batch).logits, stock(**batch).logits
             for i, n in enumerate(lengths):
                 text = batch["input_ids"][i][batch["attention_mask"][i] == 1][None]
@@ -130,12 +136,12 @@ def test_a_text_that_ends_in_the_padding_token_is_pooled_at_its_end(folder):
 
 
 def test_packed_texts_give_one_result_each(folder):
-    batch = rows()
+    batch = on_device(rows())
     real = batch["attention_mask"].bool()
     with torch.no_grad(), classification.patch(quantize=False):
         model = load(folder, num_labels=3).eval()
         alone = model(**batch).logits
-        position_ids = torch.cat([torch.arange(n) for n in real.sum(1)])[None]
+        position_ids = torch.cat([torch.arange(n, device=DEVICE) for n in real.sum(1)])[None]
         packed = model(input_ids=batch["input_ids"][real][None], position_ids=position_ids).logits
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
@@ -154,7 +160,7 @@ class RowsOf(torch.utils.data.Dataset):
 def norm_of_first_step(model, data, accumulation, folder):
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
-        max_steps=1, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, learning_rate=0.0,
+        max_steps=1, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=DEVICE == "cpu", learning_rate=0.0,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data)
     trainer.train()
@@ -173,7 +179,7 @@ def test_accumulated_gradients_do_not_grow(folder, tmp_path, kind):
 
 
 def test_the_head_of_a_quantised_checkpoint_stays_float(folder, tmp_path):
-    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4_config(torch.float32))
+    quantised = load(folder, AutoModelForCausalLM, quantization_config=nf4_config(torch.float32))
     quantised.config.quantization_config.llm_int8_skip_modules = ["lm_head"]  # as published checkpoints have it
     quantised.save_pretrained(tmp_path)
     with classification.patch(nf4="triton"):
@@ -185,13 +191,13 @@ def test_the_head_of_a_quantised_checkpoint_stays_float(folder, tmp_path):
 
 def test_trained_saved_and_loaded_by_plain_transformers(folder, tmp_path):
     data = RowsOf(rows(), LABELS["single"])
-    batch = rows()
+    batch = on_device(rows())
     with classification.patch(nf4="triton"):
         model = lora(load(folder, num_labels=3))
         head = model.get_base_model().score.modules_to_save["default"].weight.clone()
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, report_to="none", disable_tqdm=True,
-            use_cpu=True, save_strategy="no",
+            use_cpu=DEVICE == "cpu", save_strategy="no",
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=data).train()
         assert not torch.equal(head, model.get_base_model().score.modules_to_save["default"].weight)
@@ -207,18 +213,18 @@ def test_trained_saved_and_loaded_by_plain_transformers(folder, tmp_path):
         whole = load(folder, seed=98, num_labels=3)
         merged = PeftModel.from_pretrained(whole, tmp_path / "adapter").merge_and_unload().eval()
         merged.save_pretrained(tmp_path / "merged")
-        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+        again = load(tmp_path / "merged").eval()
         assert again.config.architectures == ["LlamaForSequenceClassification"]
         assert torch.equal(again(**batch).logits, merged(**batch).logits)
 
 
 def test_patched_and_plain_give_the_same_bits_after_saving(folder, tmp_path):
-    batch = rows()
+    batch = on_device(rows())
     with torch.no_grad(), classification.patch(quantize=False, attention="sdpa"):
         ours = load(folder, num_labels=3).eval()
         ours.save_pretrained(tmp_path)
         logits = ours(**batch).logits
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    plain = load(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(plain(**batch).logits, logits)
 
@@ -234,7 +240,7 @@ def test_token_classification_is_stock_with_a_float_head(folder):
         assert_same_step(ours, stock, batch, labels, 2e-6, batch["attention_mask"] == 1)
     with classification.patch(nf4="triton"):
         model = lora(load(folder, AutoModelForTokenClassification, num_labels=4), TaskType.TOKEN_CLS)
-        model(**batch, labels=labels).loss.backward()
+        model(**on_device(batch | {"labels": labels})).loss.backward()
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -248,7 +254,7 @@ def test_layers_compile_at_the_first_training_step(folder, monkeypatch):
         assert classification.parts(ours)["compiled"] == "4 modules"  # two layers, the embedding, the frequencies
         assert counter.compiles >= 2 and counter.graph_breaks == 0, str(counter)
         for length in (5, 12, 17):
-            ours(**rows(lengths=(length, 4, 3)), labels=LABELS["single"]).loss.backward()
+            ours(**on_device(rows(lengths=(length, 4, 3)) | {"labels": LABELS["single"]})).loss.backward()
         assert counter.compiles <= 6, str(counter)
         stack.close()
         assert classification.parts(ours)["compiled"] == "0 modules"
