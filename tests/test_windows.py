@@ -7,8 +7,9 @@ import shutil
 import struct
 
 import pytest
+import torch  # noqa: F401  before a test says that this is Windows
 
-from helpers import environment, windows
+from helpers import doctor, environment, windows
 from helpers.portable_executable import Binary, NotAPortableExecutable, read_binary
 
 BASE = 0x1000  # one section: its address and its place in the file are the same
@@ -161,6 +162,16 @@ def test_pins_say_triton_for_each_system():
     assert re.search(r'^triton-windows==[\w.]+; sys_platform == "win32"$', text, re.M)
     project = (environment.ROOT / "pyproject.toml").read_text()
     assert windows.CUDA_INDEX in project, "the documented index and the checked one differ"
+
+
+def test_doctor_names_what_windows_lacks(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "platform", "win32")
+    monkeypatch.setattr(windows, "missing_here", lambda: [("nvcuda.dll", "install NVIDIA's driver")])
+    monkeypatch.setattr(environment, "installed", lambda name: "0.0.35")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    (_, first, step), (_, second, index) = doctor._windows()
+    assert (first, step) == ("nvcuda.dll", "install NVIDIA's driver")
+    assert "xformers is built for CUDA 12, torch for 13.0" in second and windows.CUDA_INDEX in index
 
 
 def test_the_package_has_no_posix_only_code():
