@@ -960,9 +960,10 @@ def share(scores, categories):
 
 scores = {kind: (share(before, group), share(after, group)) for kind, group in (("calls", bfcl.CALLING), ("irrelevance", bfcl.IRRELEVANT))}
 malformed = sum(bool(parse(text).faults) for text in texts) / len(texts)
+label = base.label if GPU else "small Llama, RANDOM weights"
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2, 1))
 left.plot([row["step"] for row in losses], [row["loss"] for row in losses], color="tab:blue")
-left.set(xlabel="step", ylabel="loss of the assistant's words", title=f"QLoRA on BFCL, {base.label}\n{host.machine()}")
+left.set(xlabel="step", ylabel="loss of the assistant's words", title=f"QLoRA on BFCL, {label}\n{host.machine()}")
 for i, (old, new) in enumerate(scores.values()):
     right.bar(i - 0.2, old, 0.4, color="lightgrey", label="before" if not i else None)
     right.bar(i + 0.2, new, 0.4, color="tab:blue", label="after" if not i else None)
