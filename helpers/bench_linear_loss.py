@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import host
 from .linear_loss import IGNORED, linear_forward
 from .loss_functions import cross_entropy, log_probs
 from .memory import GIB, measure_peak
@@ -101,6 +102,8 @@ def paths(trained: bool) -> dict[str, Callable[[Case], Tensor]]:
         ("Apple CCE", apple_cce, "cut_cross_entropy"),
         ("TRL chunked", trl_chunked, "trl"),
     ):
+        if name == "Apple CCE" and host.rehearsing_t4():
+            continue  # it tries some hundred kernels, which takes a minute, and a rehearsal says nothing of speed
         try:
             __import__(module)
         except ImportError:

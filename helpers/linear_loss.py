@@ -39,6 +39,7 @@ def linear_forward(
     ignore_index: int | None = None,
     compile: bool | str = "auto",
     sum_dtype: torch.dtype | None = torch.float32,
+    check_labels: bool = True,
 ) -> Tensor | tuple[Tensor, ...]:
     """``forward_function(x, linear, *row_tensors)`` in chunks of rows, with gradients to x, linear and row tensors.
 
@@ -60,6 +61,7 @@ def linear_forward(
             an f that gives them no weight.
         compile: torch.compile f, once for all lengths; "auto": on a GPU, given work enough.
         sum_dtype: of the sum of a parameter's gradients over chunks; None: its own, at half the memory.
+        check_labels: look for labels out of range, which waits for the GPU (so does leaving rows out).
 
     Returns: a scalar (float32; float64 of float64) and metrics, or outputs [..., *anything] with x's leading shape.
 
@@ -67,7 +69,8 @@ def linear_forward(
     """
     n, rows = check_arguments(x, linear, row_tensors, forward_function, chunk_size, reduction, denominator)
     flat = x.reshape(n, x.shape[-1])
-    kept = kept_rows(rows, IGNORED if reduction == "mean" and ignore_index is None else ignore_index, linear)
+    ignore_index = IGNORED if reduction == "mean" and ignore_index is None else ignore_index
+    kept = kept_rows(rows, ignore_index, linear, check_labels)
     count = n if kept is None else len(kept)
     trained, frozen, tensors = whole_parameters(linear, x.device)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *trained, *rows) if t is not None)

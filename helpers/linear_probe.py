@@ -68,26 +68,31 @@ def _out_features(linear: nn.Module) -> int | None:
     return getattr(linear, "out_features", None)
 
 
-def kept_rows(rows: Sequence[Tensor | None], ignore_index: int | None, linear: nn.Module) -> Tensor | None:
+def kept_rows(rows: Sequence[Tensor | None], ignore_index: int | None, linear: nn.Module, check: bool) -> Tensor | None:
     """Indices of the rows whose label is not ``ignore_index``, or None for all; ValueError on impossible labels."""
     labels = rows[0] if rows else None
     if labels is None or labels.dtype != torch.int64 or labels.ndim != 1:
         if ignore_index is not None and rows:
             raise ValueError("ignore_index needs labels: an int64 tensor of one label a row, as the first row tensor")
         return None
-    ignored = (labels == IGNORED) | (labels == (IGNORED if ignore_index is None else ignore_index))
-    bad = (labels < 0) & ~ignored
-    if (vocabulary := _out_features(linear)) is not None:
-        bad |= (labels >= vocabulary) & ~ignored
-    kept = torch.where(labels != ignore_index)[0] if ignore_index is not None else None
+    if check:
+        _check_labels(labels, IGNORED if ignore_index is None else ignore_index, _out_features(linear))
+    if ignore_index is None:
+        return None
+    kept = torch.where(labels != ignore_index)[0]
+    return None if len(kept) == len(labels) else kept
+
+
+def _check_labels(labels: Tensor, ignored: int, vocabulary: int | None) -> None:
+    bad = labels < 0 if vocabulary is None else (labels < 0) | (labels >= vocabulary)
+    bad &= (labels != ignored) & (labels != IGNORED)
     if bad.any():
         where = int(bad.nonzero()[0])
         raise ValueError(
             f"label {int(labels[where])} in row {where} is out of range: it must be at least 0"
             + (f" and below {vocabulary}" if vocabulary else "")
-            + f", or {IGNORED if ignore_index is None else ignore_index} to be ignored"
+            + f", or {ignored} to be ignored"
         )
-    return None if kept is None or len(kept) == len(labels) else kept
 
 
 def form_of(plan: Plan, x: Tensor, rows: Sequence[Tensor | None], parameters: Sequence[Tensor], graph: bool) -> Form:

@@ -320,7 +320,7 @@ def composed(draw):
     return function
 
 
-draw, differing, cases = random.Random(3407), 0, 200 if GPU else 40
+draw, differing, cases = random.Random(3407), 0, 100 if GPU else 40
 for _ in range(cases):
     n, head = draw.randint(1, 30), nn.Linear(8, 23, bias=draw.random() < 0.5, dtype=torch.float64)
     head.requires_grad_(draw.random() < 0.6)
