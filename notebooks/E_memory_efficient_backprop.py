@@ -421,12 +421,15 @@ for name, trained, path, ms, gib in BOUNDS:
     if ms:
         results.criterion(f"{id}_time", f"forward and backward, {text}", row["ms"], f"<= {ms}", "ms")
     results.criterion(f"{id}_peak", f"peak above the inputs, {text}", row["peak_gib"], f"<= {gib}", "GiB")
-if GPU:
-    for trained in (False, True):
-        others = [r["ms"] for r in benchmarks[trained] if not r["path"].startswith("ours") and r["ms"] == r["ms"]]
-        ratio = min(others) / next(r["ms"] for r in benchmarks[trained] if r["path"] == "ours")
-        results.criterion(f"E.fastest_{'trained' if trained else 'frozen'}", "time of the fastest other path over ours, "
-                          f"{'trained' if trained else 'frozen'} weight", ratio, ">= 1.0", "x", speed=True)
+for trained in (False, True):
+    weight = "trained" if trained else "frozen"
+    id, text = f"E.fastest_{weight}", f"time of the fastest other path over ours, {weight} weight"
+    if not GPU or host.rehearsing_t4():
+        results.not_run(id, text, "a rehearsal says nothing of speed" if GPU else "needs a GPU")
+        continue
+    others = [r["ms"] for r in benchmarks[trained] if not r["path"].startswith("ours") and r["ms"] == r["ms"]]
+    ratio = min(others) / next(r["ms"] for r in benchmarks[trained] if r["path"] == "ours")
+    results.criterion(id, text, ratio, ">= 1.0", "x")
 
 # %% [markdown]
 # ## Dynamic chunk sizes
