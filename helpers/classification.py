@@ -49,13 +49,15 @@ def patch(
 ) -> contextlib.ExitStack:
     """Put the stock calls on the fast path until the returned stack is closed; it is a context manager too.
 
-    Closing also gives every model that was loaded meanwhile back its stock methods; its weights stay as they are.
+    Closing also gives every model that was loaded meanwhile back its stock methods; its weights stay as they are. Until
+    then the models are kept alive.
 
     Args:
         quantize: load in NF4 where the call and the checkpoint say nothing of quantisation.
         nf4: who decodes: ``triton``, ``bitsandbytes``, or ``auto``: triton on a GPU.
         attention: ``attn_implementation`` where the call names none.
-        compile: compile the decoder layers at the first training step; None: on a GPU.
+        compile: compile embedding, rotary frequencies and decoder layers at the first training step; None: on a GPU.
+            The final norm, the head and its loss, which see few tokens, stay eager.
 
     Raises:
         ValueError: ``nf4`` is none of those.
