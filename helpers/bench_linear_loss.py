@@ -95,7 +95,7 @@ def torch_linear_cross_entropy(case: Case) -> Tensor:
 def paths(trained: bool) -> dict[str, Callable[[Case], Tensor]]:
     """What can be run here, by name."""
     found = {"full logits": full_logits, "ours": ours}
-    if trained:
+    if trained and torch.cuda.get_device_capability() >= (8, 0):
         found["ours, bf16 sum"] = functools.partial(ours, sum_dtype=None)
     if host.rehearsing_t4():
         return found  # it says nothing of speed

@@ -144,6 +144,8 @@ class Chunks:
 
     def _dtype_of_sum(self, i: int) -> torch.dtype:
         own = self.leaves[i].dtype
+        if own == torch.float16:  # it would overflow
+            return torch.float32
         return own if self._sum_dtype is None else torch.promote_types(own, self._sum_dtype)
 
     def _add(self, i: int, gradient: Tensor | None) -> None:

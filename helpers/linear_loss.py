@@ -60,7 +60,7 @@ def linear_forward(
         ignore_index: rows with this label are left out before any work is done, and are zero in outputs a row each: for
             an f that gives them no weight.
         compile: torch.compile f, once for all lengths; "auto": on a GPU, given work enough.
-        sum_dtype: of the sum of a parameter's gradients over chunks; None: its own, at half the memory.
+        sum_dtype: of the sum of a parameter's gradients over chunks; None: its own, at half the memory, unless float16.
         check_labels: look for labels out of range, which waits for the GPU (so does leaving rows out).
 
     Returns: a scalar (float32; float64 of float64) and metrics, or outputs [..., *anything] with x's leading shape.
