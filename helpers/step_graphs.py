@@ -75,9 +75,11 @@ class StepGraphs:
                 torch.autograd.grad(self.loss(ids, labels, items), self.parameters, allow_unused=True)
         torch.cuda.current_stream().wait_stream(self.stream)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self.pool, stream=self.stream):
+        # thread_local: another thread, which pins memory say, may go on as it likes.
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(forward, **how):
             loss = self.loss(ids, labels, items)
-        with torch.cuda.graph(backward, pool=self.pool, stream=self.stream):
+        with torch.cuda.graph(backward, **how):
             found = torch.autograd.grad(loss, self.parameters, upstream, allow_unused=True)
             pairs = [(buffer, gradient) for buffer, gradient in zip(self.buffers, found, strict=True)
                      if gradient is not None]  # fmt: skip
