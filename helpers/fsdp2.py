@@ -262,7 +262,14 @@ class TrainsSharded:
 
     ``save_model`` writes PEFT's adapter files and gathers nothing but the adapter: Trainer would gather the whole
     4-bit base first (full state dict), or write no adapter at all (sharded). bitsandbytes' optimizers step on shards.
+    Gradients are clipped by their norm over all ranks, which torch 2.9 takes for the norm of one rank's part.
     """
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if not isinstance(self.model, FSDPModule):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm(model, self.args.max_grad_norm)
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -278,6 +285,17 @@ class TrainsSharded:
             self._save(output_dir or self.args.output_dir, state_dict=state)
         dist.barrier()
         return None
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for gradients sharded along dim 0; returns their norm over all ranks."""
+    shards = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(shards).square()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def gather_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
