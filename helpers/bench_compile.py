@@ -104,7 +104,7 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
                     parameter.data = parameter.data.bfloat16()
         with compiled_as(words, trainer.model):
             trainer.train()
-    seconds = clock.seconds[WARM:] or clock.seconds
+    seconds = [s for i, s in enumerate(clock.seconds, 1) if i > WARM and i != profile] or clock.seconds
     allocated, reserved = peak_gib()
     row = {
         "variant": variant, "step_s": round(float(np.median(seconds)), 4), "first_step_s": round(clock.seconds[0], 1),
@@ -112,6 +112,8 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
         "graph_breaks": counter.graph_breaks, "recompiles": counter.recompiles, "reasons": counter.reasons,
         "losses": clock.losses, "steps_s": [round(s, 3) for s in clock.seconds],
     }  # fmt: skip
+    if clock.profiler is not None:
+        row["gpu_busy_s"], row["gpu_operations"] = gpu_busy(clock)
     return row, clock
 
 
@@ -131,17 +133,19 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def profile_table(clock: Clock, seconds: float, rows: int = 28) -> str:
-    """Where a step's time goes: GPU kernels by name, operators by their own CPU time, and how long the GPU was busy."""
-    events = clock.profiler.events()
-    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(e.time_range.elapsed_us() for e in on_gpu) / 1e6
+def gpu_busy(clock: Clock) -> tuple[float, int]:
+    """Seconds that the GPU worked during the profiled step, and its kernels and copies."""
+    on_gpu = [e for e in clock.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return round(sum(e.time_range.elapsed_us() for e in on_gpu) / 1e6, 4), len(on_gpu)
+
+
+def profile_table(clock: Clock, rows: int = 28) -> str:
+    """Where the profiled step's time goes: GPU kernels by name, and operators by their own CPU time."""
     averages = clock.profiler.key_averages()
-    return "\n".join([
-        f"GPU busy {busy:.3f} s in {len(on_gpu)} kernels and copies, of a step of {seconds:.3f} s (profiled)",
-        averages.table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70),
-        averages.table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=70),
-    ])  # fmt: skip
+    return "\n".join(
+        averages.table(sort_by=key, row_limit=rows, max_name_column_width=70)
+        for key in ("self_cuda_time_total", "self_cpu_time_total")
+    )
 
 
 @contextlib.contextmanager
@@ -190,7 +194,7 @@ def main() -> None:
         (out / f"{variant}.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         print({key: value for key, value in row.items() if key != "reasons"}, *row["reasons"], sep="\n", flush=True)
         if clock.profiler is not None:
-            (out / f"{variant}.txt").write_text(profile_table(clock, clock.seconds[args.profile - 1]))
+            (out / f"{variant}.txt").write_text(profile_table(clock), encoding="utf-8")
             clock.profiler.export_chrome_trace(str(out / f"{variant}.trace.json.gz"))
         del clock
         torch._dynamo.reset()
