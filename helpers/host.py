@@ -140,6 +140,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore", message="IProgress not found")  # as tqdm says when it is first imported
+    warnings.filterwarnings("ignore", message=".*deterministic")  # asked for where PyTorch has it, and no further
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
