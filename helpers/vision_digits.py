@@ -131,6 +131,7 @@ def finetune(
         disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, log_level="error",
         dataloader_pin_memory=gpu, remove_unused_columns=False,
     )  # fmt: skip
+    config._n_gpu = 1  # on a second card Trainer would double the batch and the loss, though 4-bit models stay on one
     trainer = QLoRATrainer(
         model, loss="full", args=config, train_dataset=Dataset.from_list(data), processing_class=processor,
         data_collator=VisionCollator(processor, image_size=image_size),
