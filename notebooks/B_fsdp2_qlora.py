@@ -46,10 +46,13 @@ sys.path.insert(0, os.getcwd())
 # %%
 import torch
 
-from helpers import checkpoints, fsdp2, host
-from helpers.results import Results, save_figure, save_rows
+from helpers import host
 
 host.prepare()
+
+from helpers import checkpoints, fsdp2
+from helpers.results import Results, save_figure, save_rows
+
 GPUS = torch.cuda.device_count()
 results = Results("B")
 host.environment_table()
