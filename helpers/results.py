@@ -81,10 +81,9 @@ class Results:
         self.metrics: dict[str, dict[str, Any]] = {}
         self.criteria: dict[str, dict[str, Any]] = {}
 
-    def metric(self, name: str, value: float, unit: str) -> float:
-        """Record one measured number and give it back."""
+    def metric(self, name: str, value: float, unit: str) -> None:
+        """Record one measured number."""
         self.metrics[name] = {"value": _plain(value), "unit": unit}
-        return value
 
     def criterion(
         self, id: str, text: str, measured: Any, bound: str = "== True", unit: str = "", speed: bool = False
