@@ -144,17 +144,17 @@ def measure(case: Case, contenders: list[str], ranks: int, limit_s: int) -> list
         if "unsloth" in contenders:
             visible |= {"UNSLOTH_FSDP2": "1"} if ranks > 1 else {}
             visible["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "1"
-        error = f"not done after {limit_s} s"
+        process = subprocess.Popen(start, env=os.environ | visible, text=True, stderr=subprocess.PIPE)
         try:
-            done = subprocess.run(
-                start, env=os.environ | visible, timeout=limit_s, text=True, stdout=None, stderr=subprocess.PIPE
-            )
-            lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            error = (lines or ["no error was printed"])[0][-300:]
-            if done.returncode:
-                print(done.stderr[-6000:], file=sys.stderr)
+            said = process.communicate(timeout=limit_s)[1]
+            errors = [line for line in said.splitlines() if "Error" in line]
+            error = (errors or ["no error was printed"])[0][-300:]
         except subprocess.TimeoutExpired:
-            pass
+            process.terminate()  # torchrun then stops its ranks
+            said = process.communicate()[1]
+            error = f"not done after {limit_s} s"
+        if process.returncode:
+            print(said[-6000:], file=sys.stderr)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
     measured = {row["contender"] for row in rows}

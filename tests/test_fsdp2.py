@@ -258,7 +258,10 @@ VARIANTS = {
     "tied": {"model": "shape:tiny"},
     "8-bit": {"optimizer": "adamw_8bit", "lora_rank": 64, "save_steps": 4},
 }
-ALONE = {"plain": {}, "tied": VARIANTS["tied"], "8-bit": {"optimizer": "adamw_8bit", "lora_rank": 64}}
+# Adam forgives a gradient of another scale; SGD does not.
+VARIANTS["kept"] |= {"optimizer": "sgd", "learning_rate": 3.0}
+ALONE = {name: VARIANTS[name] for name in ("plain", "kept", "tied", "8-bit")}
+WITHOUT = {"fsdp2_options": "", "save_steps": 0}  # what one process leaves out
 PAYLOADS = [
     {"storage": "uint8", "payload": "random", "shape": "tiny-untied"},
     {"storage": "float16", "payload": "patterns", "shape": "tiny"},
@@ -275,7 +278,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The runs of one process that sharded runs must equal."""
-    return {name: rank_trains(folder / f"alone {name}", ranks=1, **more) for name, more in ALONE.items()}
+    return {name: rank_trains(folder / f"alone {name}", ranks=1, **more | WITHOUT) for name, more in ALONE.items()}
 
 
 @pytest.fixture(scope="module")
@@ -454,9 +457,8 @@ def two_gpus(folder):
 
 @pytest.fixture(scope="module")
 def one_gpu(folder, two_gpus):
-    without = ("fsdp2_options", "save_steps")
-    runs = {name: {k: v for k, v in more.items() if k not in without} for name, more in GPU_VARIANTS.items()}
-    return in_ranks(1, {n: (rank_trains, {"folder": folder / f"1 {n}", "ranks": 1, **m}) for n, m in runs.items()})[0]
+    runs = {name: {"folder": folder / f"1 {name}", "ranks": 1, **m | WITHOUT} for name, m in GPU_VARIANTS.items()}
+    return in_ranks(1, {name: (rank_trains, kwargs) for name, kwargs in runs.items()})[0]
 
 
 @pytest.mark.gpu
