@@ -89,7 +89,7 @@ def linear_forward(
     plan.rows = wanted = plan.auto_rows(x.device) if plan.auto else int(chunk_size)
     if reduction == "mean":
         denominator = max(count, 1) * (first.shape.numel() if first.per_row else 1)
-    plan.denominator = denominator.to(x.device) if isinstance(denominator, Tensor) else denominator
+    plan.denominator = denominator.to(x.device).reshape(()) if isinstance(denominator, Tensor) else denominator
     if graph:
         outputs = list(MemoryEfficientLinear.apply(plan, flat, len(rows), *rows, *tensors))
     else:

@@ -193,7 +193,7 @@ def test_reductions_of_rows_and_denominator():
     for options, wanted in (
         ({"reduction": "sum"}, log_probs(x, linear, labels).sum()),
         ({"reduction": "mean"}, log_probs(x, linear, labels).mean()),
-        ({"reduction": "sum", "denominator": torch.tensor(37.0)}, log_probs(x, linear, labels).sum() / 37),
+        ({"reduction": "sum", "denominator": torch.tensor([37.0])}, log_probs(x, linear, labels).sum() / 37),
     ):
         got = linear_forward(x, linear, labels, forward_function=log_probs, chunk_size=4, **options)
         torch.testing.assert_close(got, wanted, check_dtype=False)
