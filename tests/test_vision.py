@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from helpers import tiny_vision
-from helpers.completions import IGNORE, NothingToLearnError
+from helpers.completions import IGNORE, NothingToLearnError, fit_content
 from helpers.image_resize import ImageSize
 from helpers.mllama_mask import isolated_text_rows, present_images_only
 from helpers.vision import VisionCollator, load_processor
@@ -138,30 +138,41 @@ def test_mllama_patch_holds_under_checkpointing():
     assert (found[1] - found[0]).abs().max() <= 1e-5 * max(1, found[0].abs().max())
 
 
-@pytest.mark.parametrize("name", ["llava", "mllama"])
+@pytest.mark.parametrize("name", ["llava", "llava_siglip", "mllama", "qwen2_vl", "qwen2_5_vl", "pixtral"])
 def test_equals_transformers_own_processor(name):
-    """Where transformers can make its processor without torchvision, batches of images are its, token for token."""
-    from transformers import LlavaProcessor, MllamaProcessor
+    """Batches of images alone are those of transformers' processor, token for token; and that processor serves too."""
+    import transformers as hf
 
     ours = tiny_vision.processor(name)
-    parts = {"image_processor": ours.image_processor, "tokenizer": ours.tokenizer}
-    if name == "llava":
-        stock = LlavaProcessor(**parts, patch_size=14, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1)  # fmt: skip
+    parts = {"image_processor": ours.image_processor, "tokenizer": ours.tokenizer, "chat_template": ours.chat_template}
+    if name in ("qwen2_vl", "qwen2_5_vl", "pixtral"):
+        pytest.importorskip("torchvision")
+    if name.startswith("llava"):
+        select = {"vision_feature_select_strategy": ours.vision_feature_select_strategy}
+        stock = hf.LlavaProcessor(
+            **parts, **select, patch_size=14, num_additional_image_tokens=ours.num_additional_image_tokens
+        )
+    elif name == "mllama":
+        stock = hf.MllamaProcessor(**parts)
+    elif name == "pixtral":
+        stock = hf.PixtralProcessor(**parts, patch_size=16)
     else:
-        stock = MllamaProcessor(**parts)
+        kind = hf.Qwen2VLProcessor if name == "qwen2_vl" else hf.Qwen2_5_VLProcessor
+        stock = kind(**parts, video_processor=hf.Qwen2VLVideoProcessor())
     rows = mixed_rows()[1:3]
-    texts = [
-        ours.tokenizer.apply_chat_template(
-            [{**m, "content": m["content"] if isinstance(m["content"], list) else
-              [*([{"type": "image"}] if i == 0 and j == 0 else []), {"type": "text", "text": m["content"]}]}
-             for j, m in enumerate(row["messages"])], tokenize=False)
-        for i, row in enumerate(rows)
-    ]  # fmt: skip
+
+    def render(messages, prompt=False):
+        return ours.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    shown = [{"type": "image"}, {"type": "text", "text": rows[0]["messages"][0]["content"]}]
+    talks = [[{"role": "user", "content": shown}, *rows[0]["messages"][1:]], rows[1]["messages"]]
+    texts = [render(fit_content(messages, render)) for messages in talks]
     expected = stock(
         images=[row["images"] for row in rows], text=texts, return_tensors="pt", padding=True, add_special_tokens=False
     )
     batch = VisionCollator(ours)(rows)
+    through_stock = VisionCollator(stock)(rows)
+    assert all(torch.equal(through_stock[key], value) for key, value in batch.items())
     for key, value in expected.items():
         if key == "cross_attention_mask":  # transformers lets padding see images
             value = value * expected["attention_mask"][:, :, None, None]
