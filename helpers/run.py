@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,6 @@ from . import build, catalogue
 from .environment import ROOT, SetupError
 
 GIB = 1024**3
-# Sockets in the file system where there are such: a kernel over TCP warns of missing encryption.
-KERNEL_CONFIG = Config({} if os.name == "nt" else {"KernelManager": {"transport": "ipc"}})
 
 
 class ProgressEngine(NBClientEngine):
@@ -105,6 +106,17 @@ def _resident_bytes() -> int:
     return total
 
 
+@contextlib.contextmanager
+def _kernel_config() -> Iterator[Config]:
+    """Sockets in a folder of their own where there are such: a kernel over TCP warns of missing encryption, and two
+    kernels started at once in one folder take each other's sockets."""
+    if os.name == "nt":
+        yield Config()
+        return
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}})
+
+
 def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """Execute one notebook; returns its row of the final table and adds minutes and peak to its results file."""
     source = folder / f"{notebook.path.stem}.source.ipynb"
@@ -112,12 +124,11 @@ def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, An
     mine = {name: value for name, value in parameters.items() if name in notebook.parameters}
     print(f"{notebook.letter}  {notebook.title}", flush=True)
     started, error = time.perf_counter(), ""
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, _kernel_config() as config:
         try:
             papermill.execute_notebook(
                 source, folder / f"{notebook.path.stem}.ipynb", mine, engine_name="progress", kernel_name="python3",
-                progress_bar=False, cwd=ROOT, config=KERNEL_CONFIG,
-                execution_timeout=7200,
+                progress_bar=False, cwd=ROOT, config=config, execution_timeout=7200,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
@@ -137,6 +148,17 @@ def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, An
     return {"letter": notebook.letter, "minutes": minutes, "peak": peak.gib, "criteria": criteria, "error": error}
 
 
+def _new_folder(wanted: Path) -> Path:
+    """Make ``wanted``, or ``wanted-2`` and so on where a run that began in the same second has it."""
+    for folder in (wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 100))):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise SetupError(f"{wanted.parent} is full of runs named {wanted.name}; remove some")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("notebooks", nargs="*")
@@ -148,14 +170,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse_t4 and _gpu_bytes_used() is None:
         raise SetupError("--rehearse-t4 runs a T4's code on a newer NVIDIA card; this machine has no GPU")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S") + ("-t4rehearsal" if args.rehearse_t4 else "")
-    folder = ROOT / "runs" / stamp
-    folder.mkdir(parents=True)
+    folder = _new_folder(ROOT / "runs" / stamp)
     os.environ["QLORA_OUT"] = str(folder.relative_to(ROOT))  # kernels start in ROOT; prints name no one's home
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     if args.rehearse_t4:
         os.environ["QLORA_REHEARSE_T4"] = "1"
     rows = [execute(notebook, folder, parameters) for notebook in chosen]
-    print(f"\n{'notebook':<10}{'minutes':>8}{'peak GiB':>10}{'PASS':>6}{'FAIL':>6}{'NOT RUN':>9}   (in runs/{stamp})")
+    print(f"\n{'notebook':<10}{'minutes':>8}{'peak GiB':>10}{'PASS':>6}{'FAIL':>6}{'NOT RUN':>9}   (in runs/{folder.name})")
     for row in rows:
         counts = row["criteria"]
         print(f"{row['letter']:<10}{row['minutes']:>8.1f}{row['peak']:>10.2f}{counts['PASS']:>6}{counts['FAIL']:>6}"
