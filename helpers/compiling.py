@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters, get_compilation_metrics
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
@@ -98,6 +99,7 @@ def compile_model(
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         stack.enter_context(without_cudnn())
+        stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=_RecomputeAll()))
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
         if max_autotune:
@@ -113,6 +115,25 @@ def compile_model(
             yield compiled
         finally:
             compiled.active = False
+
+
+class _RecomputeAll(CustomGraphPass):
+    """Marks all that a checkpoint's forward pass does as to be done again.
+
+    Up to torch 2.11 at least, what an autograd.Function does inside a checkpoint carries no mark: the outputs of every
+    4-bit layer, nearly all of the activations, would be kept.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        marked = [node.meta for node in graph.nodes if "recompute" in node.meta]
+        for node in graph.nodes if marked else ():
+            forward = node.meta.get("partitioner_tag") not in ("is_backward", "must_be_in_backward")
+            if node.op == "call_function" and forward and "recompute" not in node.meta:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                node.meta["ac_graph_id"] = marked[0].get("ac_graph_id", 0)
+
+    def uuid(self) -> str:
+        return "qlora: recompute all, 1"
 
 
 @contextlib.contextmanager
