@@ -176,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse_t4:
         os.environ["QLORA_REHEARSE_T4"] = "1"
     rows = [execute(notebook, folder, parameters) for notebook in chosen]
-    print(f"\n{'notebook':<10}{'minutes':>8}{'peak GiB':>10}{'PASS':>6}{'FAIL':>6}{'NOT RUN':>9}   (in runs/{folder.name})")
+    print(f"\nin runs/{folder.name}:")
+    print(f"{'notebook':<10}{'minutes':>8}{'peak GiB':>10}{'PASS':>6}{'FAIL':>6}{'NOT RUN':>9}")
     for row in rows:
         counts = row["criteria"]
         print(f"{row['letter']:<10}{row['minutes']:>8.1f}{row['peak']:>10.2f}{counts['PASS']:>6}{counts['FAIL']:>6}"
