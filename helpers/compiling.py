@@ -99,7 +99,7 @@ def compile_model(
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         stack.enter_context(without_cudnn())
-        stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=_RecomputeAll()))
+        stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=RecomputeAll()))
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
         if max_autotune:
@@ -117,7 +117,7 @@ def compile_model(
             compiled.active = False
 
 
-class _RecomputeAll(CustomGraphPass):
+class RecomputeAll(CustomGraphPass):
     """Marks all that a checkpoint's forward pass does as to be done again.
 
     Up to torch 2.11 at least, what an autograd.Function does inside a checkpoint carries no mark: the outputs of every

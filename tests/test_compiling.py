@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers import checkpoints
 from helpers.attention_transformers import register
-from helpers.compiling import CompileCounter, compile_model, triton_matmul_on_small_gpus
+from helpers.compiling import CompileCounter, RecomputeAll, compile_model, triton_matmul_on_small_gpus
 
 register()
 SIZES = {
@@ -169,6 +169,20 @@ def test_checkpointing_is_in_the_graph():
     marked = ["tag_activation_checkpoint" in code for code in graphs]
     assert marked.count(True) == 1, marked
     assert marked[-1], "checkpointing was switched on last"
+
+
+def test_what_a_checkpoint_did_is_all_marked_to_be_done_again():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    marked, unmarked, backward = (graph.call_function(torch.ops.aten.sin.default, (x,)) for _ in range(3))
+    marked.meta |= {"recompute": 1, "ac_graph_id": 3}
+    backward.meta["partitioner_tag"] = "is_backward"
+    RecomputeAll()(graph)
+    assert unmarked.meta["ac_graph_id"] == 3 and "recompute" in unmarked.meta
+    assert "recompute" not in backward.meta and "recompute" not in x.meta
+    del marked.meta["recompute"], unmarked.meta["recompute"]
+    RecomputeAll()(graph)
+    assert "recompute" not in unmarked.meta, "there is no checkpoint in this graph"
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
