@@ -70,7 +70,7 @@ MODEL = "auto"
 DATASET = "auto"
 STEPS = 60
 BASELINE_STEPS = 0
-BENCH_STEPS = 10
+BENCH_STEPS = 12
 
 # %%
 if not GPU:
