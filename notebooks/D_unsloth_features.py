@@ -69,12 +69,14 @@ host.environment_table()
 # ## Parameters
 # The defaults are the real run. `-p NAME VALUE` of `python3 -m helpers run`, or papermill's own, changes them. 0 is decided
 # by the device: `STEPS` of training for tool calling, `CLASSIFY_STEPS` for classification, `QUESTIONS` scored of each.
+# `FULL = True` trains the real model without a GPU too, on short texts, in about half an hour.
 
 # %% tags=["parameters"]
 MODEL = "embedded"
 STEPS = 0
 CLASSIFY_STEPS = 0
 QUESTIONS = 0
+FULL = False
 TEXT_MODEL = "auto"
 VISION_STEPS = 0
 
@@ -269,6 +271,41 @@ fig.tight_layout()
 save_figure(fig, "D2_resized", resized)
 
 # %% [markdown]
+# What it saves, first counted: the bytes that autograd keeps for the backward pass of one row with a 1 megapixel photo, tiny
+# Qwen2-VL, weights left out. This needs no GPU.
+
+# %%
+processor = tiny_vision.processor("qwen2_vl")
+processor.image_processor = qwen
+model, kept = tiny_vision.model("qwen2_vl", processor), []
+weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+row = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A set."}], "images": [photo.resize((1200, 900))]}
+for side in (None, 1024, 512, 256):
+    batch = VisionCollator(processor, image_size=ImageSize.for_processor(processor, max_side=side))([row])
+    saved = {}
+
+    def keep(tensor, saved=saved):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    tokens = int((batch["input_ids"] == processor.image_token_id).sum())
+    kept.append({"max_side": side or "none", "image tokens": tokens, "kept MiB": sum(saved.values()) / 1024**2})
+    del loss
+less = 1 - kept[2]["kept MiB"] / kept[0]["kept MiB"]
+results.criterion("D2.kept", "share of the kept bytes that max_side=512 saves, 1 megapixel photo, tiny Qwen2-VL", less, ">= 0.5")
+fig, axis = plt.subplots(figsize=(6, 2.6))
+bars = axis.bar([str(k["max_side"]) for k in kept], [k["kept MiB"] for k in kept], color="tab:blue")
+axis.bar_label(bars, [f"{k['image tokens']} image tokens" for k in kept], fontsize=8)
+axis.set(xlabel="max_side (pixels)", ylabel="MiB kept", title=f"kept for the backward pass, one 1200 x 900 photo\n{host.machine()}")
+axis.margins(y=0.15)
+fig.tight_layout()
+save_figure(fig, "D2_kept", kept)
+
+# %% [markdown]
 # What it saves: the peak memory of one training step of Qwen2-VL with one 12-megapixel photo, at Qwen2-VL-2B's widths with 8
 # layers in the tower and 8 in the text model (random weights, LoRA on the text model, checkpointing, as QLoRA trains).
 
@@ -339,6 +376,8 @@ else:
 # and completions only (sections 1, 2 and 8), on the text model, the tower and the projector.
 
 # %%
+import tempfile
+
 from helpers.vision_digits import answers, digits, finetune, quantised_llava
 from helpers.vision_digits import rows as digit_rows
 
@@ -347,7 +386,7 @@ model, processor = quantised_llava(text_model)
 labelled, half = digits(160), ImageSize(max_side=56)  # half of their 112 pixels
 seen, unseen = labelled[:128], labelled[128:]
 before = answers(model, processor, [picture for picture, _ in unseen], half)
-tuned, losses = finetune(model, processor, digit_rows(seen), results.folder / "D3_digits", VISION_STEPS or 150, half)
+tuned, losses = finetune(model, processor, digit_rows(seen), tempfile.mkdtemp(), VISION_STEPS or 150, half)
 after = answers(tuned, processor, [picture for picture, _ in unseen], half)
 right = sum(said == name for said, (_, name) in zip(after, unseen, strict=True))
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {right} of {len(unseen)} unseen digits right (before: "
@@ -365,7 +404,8 @@ save_figure(fig, "D3_digits", [{"step": i + 1, "loss": loss} for i, loss in enum
 # %%
 from helpers.gguf_vision import export_gguf
 
-files = export_gguf(tuned, processor, results.folder / "D3_gguf", "f32")
+exports = Path(tempfile.mkdtemp(prefix="gguf-"))
+files = export_gguf(tuned, processor, exports / "digits", "f32")
 for path in files:
     print(f"{path.name:20s} {path.stat().st_size / 1024**2:8.1f} MiB")
 results.criterion("D3.train", "loss of QLoRA on text, tower and projector, last over first", losses[-1] / losses[0], "<= 0.5")
@@ -412,7 +452,7 @@ else:
             processor_.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 512 * 512}
         images = [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
         asked = {"messages": [{"role": "user", "content": "Which of these?"}], "images": images}
-        exported = export_gguf(model_, processor_, results.folder / f"D3_{family}", "f32")
+        exported = export_gguf(model_, processor_, exports / family, "f32")
         found = beside_llamacpp(model_, processor_, exported, asked)
         compared.append({"model": family, **{k: found[k] for k in ("embeddings", "logits", "top20", "answer")}})
         if family == "llava":  # CLIP: once more with transformers' class token moved behind the patches
@@ -623,9 +663,12 @@ undo = classification.patch()
 
 path = str(checkpoints.embedded_folder()) if MODEL == "embedded" else MODEL
 tokenizer = AutoTokenizer.from_pretrained(path, pad_token="<|im_end|>")
-dtype, longest = default_dtype(), 512 if GPU else 64
+dtype, longest, real = default_dtype(), 512 if GPU else 96, GPU or FULL
 train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
-if not GPU:
+if FULL and not GPU:
+    short = [[q for q in half if len(tokenizer(bfcl.call_or_not_rows([q])[0]["text"])["input_ids"]) <= longest] for half in (train, test)]
+    train, test = short[0], short[1][: QUESTIONS or 200]
+elif not GPU:
     train, test, path = train[:100], test[:40], scratch.name
     small = config.to_dict() | {"vocab_size": len(tokenizer)}
     AutoModelForCausalLM.from_config(LlamaConfig(**small)).save_pretrained(path)
@@ -639,8 +682,8 @@ def encoded(questions):
 
 def train_it(model, steps, output_dir):
     arguments = TrainingArguments(
-        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=16 if GPU else 2, gradient_accumulation_steps=2, learning_rate=3e-4,
-        per_device_eval_batch_size=64, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=16 if GPU else 8 if FULL else 2,
+        gradient_accumulation_steps=2, learning_rate=3e-4 if GPU else 1e-3, per_device_eval_batch_size=64, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
     )
@@ -652,7 +695,7 @@ def train_it(model, steps, output_dir):
 
 model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=dtype)
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(checkpoints.LORA_TARGETS), task_type="SEQ_CLS"))
-steps = CLASSIFY_STEPS or (150 if GPU else 10)
+steps = CLASSIFY_STEPS or (150 if GPU else 40 if FULL else 10)
 trainer = train_it(model, steps, str(results.folder / "D_classifier"))
 print(*(f"{part}: {what}" for part, what in classification.parts(model).items()), sep="\n")
 history = [row for row in trainer.state.log_history if "loss" in row]
@@ -678,7 +721,7 @@ save_figure(fig, "D5_confusion", rows)
 # %%
 results.metric("call or not: accuracy on unseen functions", accuracy, "")
 results.metric("call or not: share of the majority class", majority, "")
-if GPU:
+if real:
     results.criterion("D5.task", f"call or not on unseen functions: accuracy above the majority class ({majority:.3f})", accuracy - majority, "> 0.05")
 else:
     results.not_run("D5.task", "call or not on unseen functions: accuracy above the majority class", "training to that point needs a GPU")
@@ -858,7 +901,7 @@ def book_table(name: str, guests: int, place: str = "inside") -> str:
 
 
 tools = Tools([circle_area, book_table])
-base = checkpoints.load_base(MODEL if GPU else path)  # the small random Llama again
+base = checkpoints.load_base(MODEL if real else path)  # the small random Llama again
 question = [{"role": "user", "content": "A table for two in the garden, please. My name is Ada."}]
 own, ours = base.tokenizer, tool_tokenizer(base.tokenizer)
 shown = {name: "book_table" in t.apply_chat_template(question, tools=tools.schemas, tokenize=False)
@@ -900,7 +943,7 @@ import html
 from IPython.display import HTML
 
 train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
-rows = training_rows(train if GPU else train[:60], ours, max_length=1024 if GPU else 400)
+rows = training_rows(train if real else train[:60], ours, max_length=1024 if GPU else 400)
 print(f"{len(rows)} conversations to learn from, {len(test)} questions to be tested on")
 
 
@@ -927,14 +970,17 @@ from helpers.train import QLoRATrainer, nf4_decoder
 
 draw = random.Random(3407)
 asked = draw.sample(test, QUESTIONS or (300 if GPU else 4))
-options = {"new_tokens": 200 if GPU else 8, "batch_size": 100}
+options = {"new_tokens": 200 if GPU else 80 if FULL else 8, "batch_size": 100}
+if FULL and not GPU:
+    few = [q for q in test if len(str(q.tools)) + len(str(q.messages)) < 900]
+    asked = draw.sample([q for q in few if q.answers], 24) + draw.sample([q for q in few if not q.answers], 8)
 model = checkpoints.attach_lora(base.model, rank=32)
 before, _ = evaluate(model, ours, asked, **options)
 
-steps = STEPS or (200 if GPU else 10)
+steps = STEPS or (200 if GPU else 60 if FULL else 10)
 arguments = SFTConfig(
-    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=8 if GPU else 1, gradient_accumulation_steps=2,
-    learning_rate=5e-4 if GPU else 1e-2, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
+    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=8 if GPU else 2 if FULL else 1,
+    gradient_accumulation_steps=2, learning_rate=5e-4 if GPU else 1e-3 if FULL else 1e-2, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
     bf16=base.model.dtype == torch.bfloat16, fp16=base.model.dtype == torch.float16, gradient_checkpointing=False,
     save_strategy="no", report_to="none", disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
 )
@@ -960,7 +1006,7 @@ def share(scores, categories):
 
 scores = {kind: (share(before, group), share(after, group)) for kind, group in (("calls", bfcl.CALLING), ("irrelevance", bfcl.IRRELEVANT))}
 malformed = sum(bool(parse(text).faults) for text in texts) / len(texts)
-label = base.label if GPU else "small Llama, RANDOM weights"
+label = base.label if real else "small Llama, RANDOM weights"
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2, 1))
 left.plot([row["step"] for row in losses], [row["loss"] for row in losses], color="tab:blue")
 left.set(xlabel="step", ylabel="loss of the assistant's words", title=f"QLoRA on BFCL, {label}\n{host.machine()}")
@@ -977,7 +1023,7 @@ for kind, (old, new) in scores.items():
     results.metric(f"BFCL {kind} before training", old, "")
     results.metric(f"BFCL {kind} after training", new, "")
 results.metric("replies with a malformed call after training", malformed, "")
-if GPU:
+if real:
     old, new = scores["calls"]
     results.criterion("D7.scores", f"BFCL calls right on unseen functions after training ({old:.1%} before)", new - old, "> 0.2")
     results.criterion("D7.irrelevance", "BFCL irrelevance after training", scores["irrelevance"][1], ">= 0.5")
