@@ -39,6 +39,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "8-bit Adam on shards": {"optimizer": "adamw_8bit"},
     "each block compiled whole": {"compile": True},
 }
+BLOCK_BYTES = 16384 // 2 + 256 + 4  # of one double-quantisation block: packed weights and both levels of scales
 RESUMED = "resumed from a sharded checkpoint"
 
 
@@ -90,7 +91,19 @@ def _parts(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: part.detach().clone() for name, part in parts.items()}
 
 
-def run(name: str, flags: dict[str, Any], arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+def loaded_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each frozen weight of a model that is whole, its scales included, under the parameter's name."""
+    counted = ("weight", "packed", "absmax", "absmax2")
+    return {
+        f"{name}.weight": sum(part.nbytes for key, part in _parts(module).items() if key in counted)
+        for name, module in model.named_modules()
+        if "weight" in module._parameters and not module.weight.requires_grad
+    }
+
+
+def run(
+    name: str, flags: dict[str, Any], arguments: dict[str, Any], folder: Path, loaded: dict[str, int]
+) -> dict[str, Any]:
     """One row of the table, the same on every rank but for the losses, which the first rank has."""
     torch._dynamo.reset()
     shares = Shares()
@@ -99,11 +112,11 @@ def run(name: str, flags: dict[str, Any], arguments: dict[str, Any], folder: Pat
         result = train(settings, callbacks=[shares])
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, shares.held)
-    whole = {weight: sum(held[weight] for held in everyone) for weight in shares.held}
+    most = {weight: max(held[weight] for held in everyone) for weight in shares.held}
     return {
         "feature": name, "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows],
-        "largest_share": max(max(held[w] for held in everyone) / whole[w] for w in whole),
-        "frozen_gib": sum(shares.held.values()) / 1024**3, "frozen_gib_whole": sum(whole.values()) / 1024**3,
+        "beyond_share_bytes": max(most[weight] - loaded[weight] / len(everyone) for weight in most),
+        "frozen_gib": sum(most.values()) / 1024**3, "frozen_gib_loaded": sum(loaded.values()) / 1024**3,
         "parameters_on": "+".join(shares.devices), "allocated_gib": result.peak_allocated_gib,
         "tokens_per_s": sorted(row["tokens_per_s"] for row in result.rows)[len(result.rows) // 2] if result.rows else 0,
         "graph_breaks": counter.graph_breaks, "graphs": counter.compiles,
@@ -134,17 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     rows, first = [], args.out / "run 0"
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # a table says it all
         torch.manual_seed(3407)
-        loaded = checkpoints.attach_lora(checkpoints.load_base(args.model, dtype).model, args.lora_rank)
-        differences = changed_bytes(loaded, fsdp2.FSDP2Config()).values()
+        model = checkpoints.attach_lora(checkpoints.load_base(args.model, dtype).model, args.lora_rank)
+        loaded = loaded_bytes(model)
+        differences = changed_bytes(model, fsdp2.FSDP2Config()).values()
         gathered = {"changed": sum(d for d, _ in differences), "compared": sum(n for _, n in differences)}
-        del loaded
+        del model
         for i, (name, flags) in enumerate(FEATURES.items()):
-            rows.append(run(name, flags, arguments, args.out / f"run {i}"))
+            rows.append(run(name, flags, arguments, args.out / f"run {i}", loaded))
         last = first / f"checkpoint-{args.steps}"
         if fsdp2.main_process() and last.exists():
             last.rename(first / "later")  # so that the run goes on from the checkpoint before
         dist.barrier()
-        rows.append(run(RESUMED, {"save_steps": 2, "resume": True}, arguments, first))
+        rows.append(run(RESUMED, {"save_steps": 2, "resume": True}, arguments, first, loaded))
     if fsdp2.main_process():
         document = {"ranks": dist.get_world_size(), "gathered": gathered, "features": rows}
         (args.out / "fsdp2_features.json").write_text(json.dumps(document), encoding="utf-8")
