@@ -101,6 +101,15 @@ class Dies(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Starves(TrainerCallback):
+    """Leaves the GPU of rank 1 no memory to go on with at step 3."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and dist.get_rank() == 1:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+
+
 def rank_trains(folder, ranks: int | None = None, **more) -> dict:
     torch._dynamo.reset()
     watch = InTheMiddle()
@@ -490,6 +499,15 @@ def test_gpus_resume(one_gpu, two_gpus):
     assert max(abs(a - b) / abs(b) for a, b in pairs) <= TOLERANCE["float32"]
 
 
-if __name__ == "__main__" and sys.argv[1] == "dies":
+@pytest.mark.gpu
+def test_a_gpu_out_of_memory_is_named(two_gpus, folder):
+    with pytest.raises(RuntimeError) as error:
+        fsdp2.launch(2, ["-m", "tests.test_fsdp2", "starves", str(folder / "starved")], folder / "starved logs")
+    assert str(error.value).startswith("rank 1 ended with code 1: torch.OutOfMemoryError")
+    assert [path.name for path in (folder / "starved").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+if __name__ == "__main__":
+    callback = {"dies": Dies, "starves": Starves}[sys.argv[1]]()
     with clipped_at(0.1):
-        train(arguments(sys.argv[2], 2, save_steps=2), callbacks=[Dies()])
+        train(arguments(sys.argv[2], 2, save_steps=2), callbacks=[callback])
