@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -336,14 +336,26 @@ def _not_packed() -> contextlib.AbstractContextManager:
     return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
+def gather_head(head: nn.Module, device: torch.device) -> None:
+    """Begin to gather the weight of a head that FSDP2 shards; whoever reads it in `_gathered` waits for it."""
+    head._gathering = {
+        name: p.to(device).redistribute(placements=[Replicate()], async_op=True)
+        for name, p in head.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    }
+
+
 @contextlib.contextmanager
 def _gathered(head: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, the frozen weight of a head that FSDP2 shards is whole. Nobody calls the head, so no hook gathers it; nor
     does backward need it, since the loss's gradient is made together with the loss. FSDP2's own gathering would hold it
     twice for a moment, which is where a step needs the most memory."""
-    sharded = {name: p for name, p in head.named_parameters(recurse=False) if isinstance(p, DTensor)}
-    for name, parameter in sharded.items():
-        head._parameters[name] = nn.Parameter(parameter.to(device).full_tensor(), requires_grad=False)
+    if "_gathering" not in vars(head):
+        gather_head(head, device)
+    gathering = vars(head).pop("_gathering").items()
+    whole = {name: nn.Parameter(p.full_tensor(), requires_grad=False) for name, p in gathering}
+    sharded = {name: head._parameters[name] for name in whole}
+    head._parameters.update(whole)
     try:
         yield
     finally:

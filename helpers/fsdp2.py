@@ -44,6 +44,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .compiling import gather_head
 from .fsdp2_optimizer import step_on_shards
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 
@@ -238,6 +239,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
         fully_shard(embedding, **_policies(embedding, config))
         # Backward starts with the head, so freeing it after forward would only gather it twice.
         fully_shard(head, reshard_after_forward=False, **_policies(head, config))
+        if config.compile_blocks and config.prefetch:  # compiled, the loss gathers the head itself: begin a block ahead
+            blocks[-1].register_forward_pre_hook(functools.partial(_gather_ahead, head))
     fully_shard(model, **_policies(model, config))
     _prefetch(blocks, config.prefetch)
     return model
@@ -366,6 +369,11 @@ def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
         block.set_modules_to_backward_prefetch(blocks[max(i - ahead, 0) : i][::-1])
+
+
+def _gather_ahead(head: nn.Module, block: nn.Module, args: tuple) -> None:
+    if block.training and torch.is_grad_enabled():
+        gather_head(head, args[0].device)
 
 
 def _check(model: nn.Module) -> None:
