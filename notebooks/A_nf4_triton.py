@@ -355,8 +355,8 @@ for decoder in ("bitsandbytes", "triton"):
     print(f"--- {decoder}")
     runs[decoder] = train(TrainArguments(
         model=MODEL, dataset=DATASET, steps=steps, nf4=decoder, max_length=2048 if GPU else 64, accumulation=1,
-        checkpointing=False,
-        prompt=TrainArguments.prompt if decoder == "triton" else "", output_dir=str(results.folder / f"A_{decoder}"),
+        checkpointing=False, prompt=TrainArguments.prompt if GPU and decoder == "triton" else "",
+        output_dir=str(results.folder / f"A_{decoder}"),
     ))
 
 # %%
@@ -388,7 +388,8 @@ results.criterion("A.training", f"loss equals bitsandbytes' over {steps} steps, 
 for name, run in runs.items():
     results.metric(f"step time, {name}", run.median_step_s, "s")
     results.metric(f"peak allocated, {name}", run.peak_allocated_gib, "GiB")
-print(f"asked:  {TrainArguments.prompt}\nbefore: {mine.answer_before}\nafter:  {mine.answer_after}")
+if mine.answer_before:
+    print(f"asked:  {TrainArguments.prompt}\nbefore: {mine.answer_before}\nafter:  {mine.answer_after}")
 
 # %% [markdown]
 # ## Benchmark
