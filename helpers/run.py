@@ -128,11 +128,13 @@ def execute(notebook: catalogue.Notebook, folder: Path, parameters: dict[str, An
         try:
             papermill.execute_notebook(
                 source, folder / f"{notebook.path.stem}.ipynb", mine, engine_name="progress", kernel_name="python3",
-                progress_bar=False, cwd=ROOT, config=config, execution_timeout=7200,
+                progress_bar=False, cwd=ROOT, config=config, start_timeout=300, execution_timeout=7200,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
             print("\n".join(failure.traceback), file=sys.stderr)
+        except (RuntimeError, TimeoutError) as failure:  # a kernel that did not start, died, or ran out of time
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         finally:
             source.unlink()
     minutes = (time.perf_counter() - started) / 60

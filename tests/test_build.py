@@ -101,6 +101,10 @@ def test_a_failed_criterion_or_cell_is_shown_and_fails_the_run(repository, monke
     source.write_text(SOURCE.replace("import json, os", "import json, os, no_such_module"))
     assert run.main([]) == 1
     assert "ModuleNotFoundError: No module named 'no_such_module'" in capsys.readouterr().out.splitlines()[-1]
+    source.write_text(SOURCE.replace("import json, os", "import json, os\n\nos._exit(1)"))
+    shutil.rmtree(repository / "runs")
+    assert run.main([]) == 1
+    assert "DeadKernelError: Kernel died" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_run_is_taken_whole_and_passes_the_check(repository, executed):
