@@ -254,8 +254,11 @@ def _accelerate(model: PreTrainedModel, stack: contextlib.ExitStack, nf4: str, c
         for module in getattr(model, name).modules() if hasattr(model, name) else ():
             if type(module) is nn.Linear:
                 module.float().__class__ = FloatLinear
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     on_gpu = model.device.type == "cuda"
-    if any(isinstance(m, Linear4bit) for m in model.modules()) and (nf4 == "triton" or (nf4 == "auto" and on_gpu)):
+    for layer in layers:  # else bitsandbytes repacks it on a CPU at the first evaluation, and gradients are wrong then
+        layer.support_avx512bf16_for_cpu = False
+    if layers and (nf4 == "triton" or (nf4 == "auto" and on_gpu)):
         from .nf4_linear import triton_nf4
 
         stack.enter_context(triton_nf4(model))
