@@ -157,7 +157,8 @@ def promote(run: Path) -> list[Path]:
 
 def figures_of(letter: str, rehearsal: bool, folder: Path) -> list[Path]:
     """Plots, their rows and results of one notebook's native run, or of its T4 rehearsal, in ``folder``."""
-    found = (path for path in sorted(folder.glob(f"{letter}_*")) if path.suffix in {".png", ".csv", ".json"})
+    found = [path for path in sorted(folder.glob(f"{letter}*_*")) if path.suffix in {".png", ".csv"}]
+    found += sorted(folder.glob(f"{letter}_results*.json"))
     return [path for path in found if (REHEARSED in path.stem) == rehearsal]
 
 

@@ -34,7 +34,7 @@ results = {"date": "2026-11-25 12:00 UTC", "rehearsal": "QLORA_REHEARSE_T4" in o
     {"id": "Q.one", "text": "steps are at most two", "measured": STEPS, "unit": "", "bound": "<= 2", "reason": "",
      "status": "PASS" if STEPS <= 2 else "FAIL"}], "environment": {"machine": "a box", "versions": {"torch": "2.13"}}}
 suffix = "_t4rehearsal" * results["rehearsal"]
-for name, text in ((f"Q_results{suffix}.json", json.dumps(results)), (f"Q_curve{suffix}.csv", "step,loss")):
+for name, text in ((f"Q_results{suffix}.json", json.dumps(results)), (f"Q2_curve{suffix}.csv", "step,loss")):
     with open(os.path.join(os.environ["QLORA_OUT"], name), "w") as file:
         file.write(text)
 """
@@ -118,7 +118,7 @@ def test_a_run_is_taken_whole_and_passes_the_check(repository, executed):
     assert kaggle.metadata.kaggle.accelerator == "nvidiaTeslaT4" and colab.metadata.colab.gpuType == "T4"
     assert native.metadata.executed_on["machine"] == "a box" and native.metadata.executed_on.parameters == {"STEPS": 2}
     assert {p.name for p in (repository / "figures").iterdir()} == {
-        "Q_results.json", "Q_results_t4rehearsal.json", "Q_curve.csv", "Q_curve_t4rehearsal.csv",
+        "Q_results.json", "Q_results_t4rehearsal.json", "Q2_curve.csv", "Q2_curve_t4rehearsal.csv",
     }  # fmt: skip
     assert "| Q.one | steps are at most two | 2 | <=\u00a02 | PASS |" in (repository / "README.md").read_text()
 
