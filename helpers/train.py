@@ -405,7 +405,7 @@ def _step_of(checkpoint: str | None) -> int:
 
 
 def _trainer_config(args: TrainArguments) -> SFTConfig:
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=args.output_dir,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
@@ -434,6 +434,9 @@ def _trainer_config(args: TrainArguments) -> SFTConfig:
         logging_nan_inf_filter=False,
         **(fsdp2.training_arguments(fsdp2.FSDP2Config.parse(args.fsdp2_options)) if args.fsdp2 else {}),
     )
+    if not args.fsdp2:
+        config._n_gpu = 1  # on a second card Trainer would double batch and loss, though a 4-bit model stays on one
+    return config
 
 
 @contextlib.contextmanager
