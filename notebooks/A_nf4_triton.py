@@ -409,7 +409,8 @@ bench = {}
 if timed:
     host.add_unsloth()  # on Kaggle and Colab; elsewhere one that is installed is used
     command = [sys.executable, "-m", "helpers.bench_nf4", "--out", str(results.folder), "--trials", str(TRIALS)]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    print("\n".join(line for line in done.stdout.splitlines() if " | " in line))
     bench = bench_nf4.read(results.folder / "nf4_bench.csv")
 
 
@@ -484,12 +485,6 @@ if bench:
 # **What you should see:** at large sizes every single kernel meets the memory's limit and ours lies at the ceiling at all of
 # them; in the loop, where a launch and a synchronise weigh as much as the decode, ours lies on the floor. Without a GPU and in
 # a rehearsal nothing is timed.
-
-# %%
-if bench:
-    for measurement in ("CPU time of a call", "decode, peak memory beyond the output", "linear, forward and backward"):
-        for (case, dtype), values in bench[measurement].items():
-            print(f"{measurement}, {case} {dtype}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 # %%
 on_t4 = "runs on a Tesla T4"
