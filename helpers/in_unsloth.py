@@ -226,15 +226,9 @@ def check_tool_calling() -> tuple[bool, str]:
 
     model, tokenizer = _language_model()
     tokenizer = tool_tokenizer(tokenizer)
-    questions = bfcl.load("simple_python")[:64]  # most have a thousand characters of functions
-    losses = _losses(
-        _sft(
-            model,
-            tokenizer,
-            training_rows(questions, tokenizer, 900),
-            max_steps=24 if torch.cuda.is_available() else 10,
-        )
-    )
+    gpu = torch.cuda.is_available()
+    rows = training_rows(bfcl.load("simple_python")[:64], tokenizer, 900)
+    losses = _losses(_sft(model, tokenizer, rows, max_steps=24 if gpu else 6))
 
     def add(a: int, b: int) -> int:
         """Add two numbers.
