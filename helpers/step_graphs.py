@@ -7,6 +7,7 @@ them. Where lengths recur (`compile_model` pads them), a step of each length is 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +49,9 @@ class StepGraphs:
     ):
         self.loss, self.warm_up, self.parameters = loss, warm_up, list(parameters)
         self.steps: dict[tuple, _Step] = {}
-        self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.anchor = torch.zeros((), device="cuda", requires_grad=True)  # what autograd believes the loss depends on
+        # What autograd believes the loss depends on.
+        self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self.pending: object = None
 
     def __call__(self, ids: Tensor, labels: Tensor, items: Tensor | int, *mode: Any) -> Tensor:
@@ -65,6 +65,14 @@ class StepGraphs:
         step.labels.copy_(labels)
         step.items.copy_(items) if isinstance(items, Tensor) else step.items.fill_(items)
         return _Replay.apply(self.anchor, self, step)
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    @functools.cached_property
+    def pool(self) -> tuple[int, int]:
+        return torch.cuda.graph_pool_handle()
 
     def _recorded(self, ids: Tensor, labels: Tensor) -> _Step:
         ids, labels = ids.clone(), labels.clone()
@@ -88,12 +96,11 @@ class StepGraphs:
 
     def own_gradients(self) -> None:
         """Make ``grad`` of each parameter our buffer, with what it held."""
-        if all(parameter.grad is None for parameter in self.parameters):
-            torch._foreach_zero_(self.buffers)
+        fresh = [b for p, b in zip(self.parameters, self.buffers, strict=True) if p.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
-            if parameter.grad is buffer:
-                continue
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.grad is not buffer:
                 buffer.copy_(parameter.grad)
             parameter.grad = buffer
 

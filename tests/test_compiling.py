@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from helpers import checkpoints
 from helpers.attention_transformers import register
 from helpers.compiling import CompileCounter, RecomputeAll, compile_model, triton_matmul_on_small_gpus
+from helpers.step_graphs import StepGraphs, _Step
 
 register()
 SIZES = {
@@ -341,6 +343,51 @@ def test_small_gpus_may_autotune_and_only_within():
     with triton_matmul_on_small_gpus():
         assert utils.is_big_gpu(torch.device("cuda", 0))
     assert utils.is_big_gpu is before
+
+
+class OnTheCPU(StepGraphs):
+    """What a recording does, done again at each replay."""
+
+    def _recorded(self, ids, labels):
+        step = _Step(ids.clone(), labels.clone(), torch.ones(()), torch.ones(()), torch.zeros(()), None, None)
+
+        def forward():
+            with torch.enable_grad():
+                step.made = self.loss(step.ids, step.labels, step.items)
+            step.loss.copy_(step.made.detach())
+
+        def backward():
+            found = torch.autograd.grad(step.made, self.parameters, step.upstream)
+            torch._foreach_add_(self.buffers, list(found))
+
+        step.forward, step.backward = SimpleNamespace(replay=forward), SimpleNamespace(replay=backward)
+        return step
+
+
+def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time():
+    weight = nn.Parameter(torch.randn(5, 3))
+
+    def loss(ids, labels, items):
+        return (weight[ids] * labels[..., None]).square().sum() / items
+
+    graphs = OnTheCPU(loss, contextlib.nullcontext, [weight])
+    batches = [(torch.randint(5, (2, n)), torch.randn(2, n)) for n in (4, 7, 4, 7)]
+    for zero in (True, False):  # as optimizers set gradients to None, and as they set them to zero
+        expected = torch.autograd.grad(sum(3 * loss(*batch, items=2) for batch in batches), weight)[0]
+        for batch in batches:
+            replayed = graphs(*batch, 2)
+            torch.testing.assert_close(replayed, loss(*batch, items=2))
+            (3 * replayed).backward()
+        torch.testing.assert_close(weight.grad, expected)
+        assert len(graphs.steps) == 2 and weight.grad is graphs.buffers[0]
+        weight.grad = None if zero else weight.grad.zero_()
+    loss(*batches[0], items=1).backward()  # one that is not replayed adds to the same
+    graphs(*batches[0], torch.tensor(1)).backward()
+    torch.testing.assert_close(weight.grad, 2 * torch.autograd.grad(loss(*batches[0], items=1), weight)[0])
+    first = graphs(*batches[0], 1)
+    graphs(*batches[1], 1).backward()
+    with pytest.raises(RuntimeError, match="without cuda_graphs"):
+        first.backward()
 
 
 @pytest.mark.gpu
