@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from .attention import BACKENDS, Case, attention, unsupported
 from .attention_mask import AttentionMask, document_ids
 from .checkpoints import default_dtype
-from .compiling import CompileCounter
+from .compile_counter import CompileCounter
 from .memory import GIB, measure_peak
 
 MASKS = ("causal", "window", "packed", "mixed")

@@ -22,17 +22,17 @@ from transformers import TrainerCallback
 
 from . import checkpoints, host
 from .attention_transformers import register
-from .compiling import PAD_TO, CompileCounter, compile_model
+from .compile_counter import CompileCounter
+from .compiling import PAD_TO, compile_model
 from .instruction_data import load_instructions
 from .memory import peak_gib
 from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_config, nf4_decoder
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
-    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "filter",
-    "pad1", "graphs",
+    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "pad1",
+    "graphs",
 }  # fmt: skip
-
 
 
 class Clock(TrainerCallback):
@@ -122,13 +122,8 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
     if "compiled" not in words:
         yield
         return
-    options = {}
-    if "filter" in words:
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     pad_to = 1 if "pad1" in words else PAD_TO
-    with compile_model(
-        model, max_autotune="autotune" in words, options=options, pad_to=pad_to, cuda_graphs="graphs" in words
-    ):
+    with compile_model(model, max_autotune="autotune" in words, pad_to=pad_to, cuda_graphs="graphs" in words):
         torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
         yield
 

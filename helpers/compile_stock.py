@@ -23,7 +23,7 @@ import torch
 import transformers.models.llama.modeling_llama
 
 from . import checkpoints, host
-from .compiling import CompileCounter
+from .compile_counter import CompileCounter
 from .instruction_data import load_instructions
 from .train import DTYPES, QLoRATrainer, StepLog, TrainArguments, _decided, _trainer_config
 

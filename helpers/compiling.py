@@ -1,7 +1,7 @@
 """torch.compile for a QLoRA model, in place and undone on exit: no graph break, and one graph for every length.
 
 Four regions: the embedding, the rotary frequencies, the decoder layer (attention, MLP, norms, LoRA and the decoding of
-NF4, one graph for all layers), and the final norm with the head and the loss. `CompileCounter` says what was compiled.
+NF4, one graph for all layers), and the final norm with the head and the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
@@ -56,7 +55,6 @@ def compile_model(
     backend: str | Callable = "inductor",
     max_autotune: bool = False,
     save_less: bool = True,
-    options: dict[str, Any] | None = None,
     pad_to: int = PAD_TO,
     cuda_graphs: bool = False,
     sharded: bool = False,
@@ -73,7 +71,6 @@ def compile_model(
         backend: of torch.compile.
         max_autotune: let Inductor time Triton's matrix products against cuBLAS, on small GPUs too.
         save_less: recompute what is cheap (norms, activations, casts) rather than keep it for the backward pass.
-        options: further options of Inductor.
         pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
             for each size it has not met; multiples recur.
         cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask.
@@ -91,10 +88,8 @@ def compile_model(
             f"{type(base).__name__} has no list of decoder layers that torch.compile could take one by one: "
             "train it without compile"
         )
-    options = dict(options or {})
-    if max_autotune:
-        options |= {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
-    compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options or None)
+    options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"} if max_autotune else None
+    compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options)
     compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs and not sharded)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
@@ -312,9 +307,7 @@ def _compile_loss(
     return "compiled"
 
 
-def _summed_in_chunks(
-    region: Callable, head: nn.Linear, hidden: Tensor, labels: Tensor, items: Tensor | int
-) -> Tensor:
+def _summed_in_chunks(region: Callable, head: nn.Linear, hidden: Tensor, labels: Tensor, items: Tensor | int) -> Tensor:
     """``region`` over all rows, divided by ``items``: `linear_forward` without its checks, which wait for the GPU."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
@@ -399,77 +392,3 @@ def _chunk_rows(rows: int, row_bytes: int) -> int:
     """Rows of a chunk of at most `LOGITS_BYTES` of logits, so that all are nearly equal and none has a single row."""
     chunks = -(-rows * row_bytes // LOGITS_BYTES)
     return max(2, -(-rows // chunks))
-
-
-class CompileCounter:
-    """Counts what torch.compile does within a ``with`` block; read it during or after. It resets nothing.
-
-    ``compiles``: graphs compiled. ``graph_breaks``: where Python had to take over. ``recompiles``: how many of the
-    compiles were of code compiled before, because a guard did not hold. ``reasons`` and ``rows`` name them.
-    """
-
-    def __enter__(self) -> CompileCounter:
-        self._graphs = counters["stats"]["unique_graphs"]
-        self._breaks = dict(counters["graph_break"])
-        self._first = (get_compilation_metrics() or [None])[-1]
-        self._frozen: tuple | None = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._frozen = self._read()
-
-    def _read(self) -> tuple[int, dict[str, int], list[dict[str, Any]]]:
-        breaks = {
-            reason: count - self._breaks.get(reason, 0)
-            for reason, count in counters["graph_break"].items()
-            if count > self._breaks.get(reason, 0)
-        }
-        metrics = get_compilation_metrics()
-        if self._first is not None and any(m is self._first for m in metrics):
-            metrics = metrics[next(i for i, m in enumerate(metrics) if m is self._first) + 1 :]
-        rows = [
-            {
-                "compile_id": m.compile_id,
-                "function": m.co_name,
-                "operations": m.graph_op_count,
-                "seconds": round(m.entire_frame_compile_time_s or 0.0, 2),
-                "recompiled_because": (getattr(m, "recompile_reason", None) or "").split("\n")[0],
-            }
-            for m in metrics
-            if m.co_name is not None and getattr(m, "is_forward", True) is not False
-        ]
-        return counters["stats"]["unique_graphs"] - self._graphs, breaks, rows
-
-    def _now(self) -> tuple[int, dict[str, int], list[dict[str, Any]]]:
-        return self._frozen or self._read()
-
-    @property
-    def compiles(self) -> int:
-        return self._now()[0]
-
-    @property
-    def graph_breaks(self) -> int:
-        return sum(self._now()[1].values())
-
-    @property
-    def recompiles(self) -> int:
-        return sum(bool(row["recompiled_because"]) for row in self.rows)
-
-    @property
-    def reasons(self) -> list[str]:
-        """Of every graph break and recompile."""
-        breaks = [f"graph break ({count}x): {reason}" for reason, count in self._now()[1].items()]
-        return breaks + [
-            f"recompile of {row['function']}: {row['recompiled_because']}"
-            for row in self.rows
-            if row["recompiled_because"]
-        ]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """One a compile: its id, function, operations, seconds, and why it was a recompile, if it was."""
-        return self._now()[2]
-
-    def __str__(self) -> str:
-        head = f"{self.compiles} compiles, {self.graph_breaks} graph breaks, {self.recompiles} recompiles"
-        return "\n  ".join([head, *self.reasons])

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from . import checkpoints, fsdp2
-from .compiling import CompileCounter
+from .compile_counter import CompileCounter
 from .nf4_tensor import NF4Linear, unpack
 from .train import TrainArguments, train
 

@@ -135,6 +135,7 @@ whole = counts_of("model", processes["model"])
 import inspect
 
 from helpers import compiling
+from helpers.compile_counter import CompileCounter
 
 print(inspect.getsource(compiling.compile_model))
 
@@ -178,7 +179,7 @@ for dtype, attention in pairs:
     for name, parts in (("eager", STOCK), ("compiled", OURS | {"attention": attention})):
         print(f"--- {dtype}, {name}")
         key, evaluate = (dtype, name), Evaluate()
-        with compiling.CompileCounter() as counters[key]:
+        with CompileCounter() as counters[key]:
             runs[key] = train(TrainArguments(
                 model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, batch_size=2, accumulation=2,
                 max_length=1024, lora_rank=32, checkpointing=False, deterministic=False, prompt="",

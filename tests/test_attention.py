@@ -12,7 +12,7 @@ from helpers import attention as module
 from helpers.attention import BACKENDS, Case, attention, choose, explain, flex_call, unsupported
 from helpers.attention_mask import AttentionMask, document_ids
 from helpers.attention_transformers import REGISTERED, register
-from helpers.compiling import CompileCounter
+from helpers.compile_counter import CompileCounter
 
 register()
 MASKS = ("causal", "window", "packed", "mixed", "padded", "decode", "bidirectional")

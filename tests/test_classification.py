@@ -19,6 +19,7 @@ from transformers import (
 
 from helpers import classification, compiling
 from helpers.checkpoints import LORA_TARGETS, nf4_config
+from helpers.compile_counter import CompileCounter
 
 PAD, EOS = 0, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -247,7 +248,7 @@ def test_token_classification_is_stock_with_a_float_head(folder):
 def test_layers_compile_at_the_first_training_step(folder, monkeypatch):
     monkeypatch.setattr(compiling, "compile_model", functools.partial(compiling.compile_model, backend="eager"))
     stock = lora(load(folder, num_labels=3))
-    with classification.patch(quantize=False, compile=True) as stack, compiling.CompileCounter() as counter:
+    with classification.patch(quantize=False, compile=True) as stack, CompileCounter() as counter:
         ours = lora(load(folder, num_labels=3))
         ours.train(), stock.train()
         assert_same_step(ours, stock, rows(), LABELS["single"], 1e-5)

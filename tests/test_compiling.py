@@ -12,7 +12,8 @@ from torch import nn
 
 from helpers import checkpoints
 from helpers.attention_transformers import register
-from helpers.compiling import CompileCounter, RecomputeAll, compile_model, triton_matmul_on_small_gpus
+from helpers.compile_counter import CompileCounter
+from helpers.compiling import RecomputeAll, compile_model, triton_matmul_on_small_gpus
 from helpers.step_graphs import StepGraphs, _Step
 
 register()
@@ -142,9 +143,11 @@ def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decode
         decoding = triton_nf4(model)
     else:
         decoding = contextlib.nullcontext()
-    with CompileCounter() as counter, decoding, compile_model(
-        model, backend="aot_eager_decomp_partition", pad_to=64 if interpreted else 1
-    ) as compiled:
+    with (
+        CompileCounter() as counter,
+        decoding,
+        compile_model(model, backend="aot_eager_decomp_partition", pad_to=64 if interpreted else 1) as compiled,
+    ):
         found = train(model, batches(steps, 90), evaluate)
     assert set(compiled.parts.values()) == {"compiled"}
     assert counter.graph_breaks == 0, str(counter)
@@ -283,8 +286,14 @@ def test_a_trainer_trains_and_evaluates_within_and_logs_eagers_losses(tmp_path):
         config.prediction_loss_only = True
         regions = compile_model(model, backend="eager") if name == "compiled" else contextlib.nullcontext()
         with CompileCounter() as counter, regions:
-            trainer = QLoRATrainer(model, loss="full", args=config, train_dataset=rows,
-                                   eval_dataset=rows.select(range(5)), processing_class=checkpoints.byte_tokenizer())
+            trainer = QLoRATrainer(
+                model,
+                loss="full",
+                args=config,
+                train_dataset=rows,
+                eval_dataset=rows.select(range(5)),
+                processing_class=checkpoints.byte_tokenizer(),
+            )
             trainer.train()
         losses = [row.get("loss", row.get("eval_loss")) for row in trainer.state.log_history]
         logged[name] = [loss for loss in losses if loss is not None]

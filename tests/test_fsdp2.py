@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from helpers import checkpoints, fsdp2, zero_bubble
 from helpers import train as trainer_module
-from helpers.compiling import CompileCounter
+from helpers.compile_counter import CompileCounter
 from helpers.fsdp2_features import changed_bytes
 from helpers.nf4_tensor import NF4Tensor
 from helpers.train import TrainArguments, train
