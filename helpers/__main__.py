@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 
@@ -54,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(command: list[str]) -> int:
-    """Run ``command`` in the repository and return its exit code; Ctrl-C ends it and its children."""
+    """Run ``command`` in the repository and return its exit code; Ctrl-C or SIGTERM ends it and its children."""
     process = subprocess.Popen(command, cwd=environment.ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    if os.name != "nt":  # unlike Ctrl-C, it reaches this process alone
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
     try:
         return process.wait()
     except KeyboardInterrupt:
