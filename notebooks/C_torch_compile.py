@@ -62,7 +62,7 @@ host.environment_table()
 # %% [markdown]
 # ## Parameters
 # The defaults are the real run. `-p NAME VALUE` of `python3 -m helpers run`, or papermill's own, changes them. `auto` is the
-# real model and data on a GPU; without one it is a tiny random Llama on rows of 1 to 200 random tokens, since SmolLM2 would
+# real model and data on a GPU; without one it is a tiny random Llama on rows of 1 to 100 random tokens, since SmolLM2 would
 # take an hour. `BENCH_STEPS = 0` leaves out the benchmark at Llama 3.2 1B's shape.
 
 # %% tags=["parameters"]
@@ -74,9 +74,9 @@ BENCH_STEPS = 12
 
 # %%
 if not GPU:
-    MODEL, DATASET = ("shape:tiny", "random:1-200x400") if (MODEL, DATASET) == ("auto", "auto") else (MODEL, DATASET)
+    MODEL, DATASET = ("shape:tiny", "random:1-100x400") if (MODEL, DATASET) == ("auto", "auto") else (MODEL, DATASET)
     BENCH_STEPS = 0
-BASELINE_STEPS = BASELINE_STEPS or (10 if GPU else 2)
+BASELINE_STEPS = BASELINE_STEPS or (10 if GPU else 1)
 
 # %% [markdown]
 # ## The challenge's own script
@@ -113,7 +113,7 @@ def counts_of(what, process):
     return counts
 
 
-processes = {"mlp": start("mlp", MODEL, DATASET), "model": start("model", "shape:tiny", "random:1-200x400")}
+processes = {"mlp": start("mlp", MODEL, DATASET), "model": start("model", "shape:tiny", "random:1-100x400")}
 as_set = counts_of("mlp", processes["mlp"])
 
 # %% [markdown]
@@ -181,7 +181,7 @@ for dtype, attention in pairs:
         key, evaluate = (dtype, name), Evaluate()
         with CompileCounter() as counters[key]:
             runs[key] = train(TrainArguments(
-                model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, batch_size=2, accumulation=2,
+                model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, batch_size=2 if GPU else 1, accumulation=2,
                 max_length=1024, lora_rank=32, checkpointing=False, deterministic=False, prompt="",
                 output_dir=str(results.folder / f"C_{dtype}_{name}"), **parts,
             ), callbacks=[evaluate])
@@ -288,7 +288,7 @@ import random
 from helpers.bench_attention import flex_at_many_lengths
 
 draw = random.Random(3407)
-longest = 4096 if GPU else 400
+longest = 4096 if GPU else 260
 lengths = [300, 1, 16, 2, 4, 127, 128, 129, longest] + [draw.randint(1, longest) for _ in range(41)]
 table = flex_at_many_lengths(lengths, device="cuda" if GPU else "cpu", dtype=torch.float16 if GPU else torch.float32)
 Markdown("\n".join(["| lengths so far | mask | length | ours: graphs | usual way: graphs |", "|---|---|---|---|---|"]
