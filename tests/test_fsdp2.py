@@ -264,12 +264,12 @@ VARIANTS = {
     "compiled": {"compile": True},
     "offloaded": {"fsdp2_options": "offload,full-checkpoints", "save_steps": 4},
     "kept": {"fsdp2_options": "keep-gathered,prefetch=2", "checkpointing": False, "loss": "full"},
-    "tied": {"model": "shape:tiny"},
     "8-bit": {"optimizer": "adamw_8bit", "lora_rank": 64, "save_steps": 4},
 }
 # Adam forgives a gradient of another scale; SGD does not.
 VARIANTS["kept"] |= {"optimizer": "sgd", "learning_rate": 3.0}
-ALONE = {name: VARIANTS[name] for name in ("plain", "kept", "tied", "8-bit")}
+TIED = {"model": "shape:tiny"}
+ALONE = {name: VARIANTS[name] for name in ("plain", "kept", "8-bit")} | {"tied": TIED}
 WITHOUT = {"fsdp2_options": "", "save_steps": 0}  # what one process leaves out
 PAYLOADS = [
     {"storage": "uint8", "payload": "random", "shape": "tiny-untied"},
@@ -307,7 +307,6 @@ def two(folder, killed):
     if PIPELINES:
         calls["pipeline"] = (rank_pipelines, {"ranks": 2})
     calls["8-bit resumed"] = (rank_resumes, {"folder": folder / "8-bit", **VARIANTS["8-bit"]})
-    calls["killed resumed"] = (rank_trains, {"folder": folder / "killed", "save_steps": 2, "resume": True})
     calls["disk"] = (rank_runs_out_of_disk, {"folder": folder / "disk"})
     calls["disk resumed"] = (rank_trains, {"folder": folder / "disk", "save_steps": 2, "resume": True})
     return in_ranks(2, calls)
@@ -315,9 +314,9 @@ def two(folder, killed):
 
 @pytest.fixture(scope="module")
 def three(folder, two):
-    calls = {"plain": (rank_trains, {"folder": folder / "3 plain"}), "bytes": (rank_gathers, PAYLOADS[0])}
+    calls = {"tied": (rank_trains, {"folder": folder / "tied", **TIED}), "bytes": (rank_gathers, PAYLOADS[0])}
     calls["full resumed"] = (rank_resumes, {"folder": folder / "offloaded", **VARIANTS["offloaded"]})
-    calls["sharded resumed"] = (rank_resumes, {"folder": folder / "killed", "save_steps": 2})
+    calls["killed resumed"] = (rank_resumes, {"folder": folder / "killed", "save_steps": 2})
     return in_ranks(3, calls)
 
 
@@ -345,9 +344,9 @@ def test_two_ranks_equal_one_process(alone, two, variant):
     check_shards([rank[variant] for rank in two])
 
 
-def test_three_ranks_equal_one_process(alone, three):
-    check_losses(three[0]["plain"], alone["plain"])
-    check_shards([rank["plain"] for rank in three])
+def test_three_ranks_with_tied_embeddings_equal_one_process(alone, three):
+    check_losses(three[0]["tied"], alone["tied"])
+    check_shards([rank["tied"] for rank in three])
 
 
 def test_gathered_weights_are_the_loaded_bytes(two, three):
@@ -380,13 +379,13 @@ def test_saving_gathers_nothing_of_the_base(two):
 def test_resumes_on_the_same_and_on_another_number_of_ranks(alone, two, three):
     check_losses(two[0]["8-bit resumed"], two[0]["8-bit"])
     check_losses(three[0]["full resumed"], alone["plain"])
-    check_losses(three[0]["sharded resumed"], alone["plain"])
+    check_losses(three[0]["killed resumed"], alone["plain"])
 
 
-def test_a_killed_rank_is_named_and_resume_reaches_the_same_losses(folder, alone, killed, two):
+def test_a_killed_rank_is_named_and_resume_reaches_the_same_losses(folder, alone, killed, three):
     assert killed.startswith("rank 1 was killed by SIGKILL") and killed.count("\n") == 0
-    check_losses(two[0]["killed resumed"], alone["plain"])
-    with open(folder / "killed" / "train_log.csv", newline="") as file:  # one rank wrote it, each step once
+    check_losses(three[0]["killed resumed"], alone["plain"])
+    with open(folder / "killed resumed on 3" / "train_log.csv", newline="") as file:  # each step once
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, STEPS + 1))
 
 
