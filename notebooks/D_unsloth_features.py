@@ -69,7 +69,7 @@ host.environment_table()
 # ## Parameters
 # The defaults are the real run. `-p NAME VALUE` of `python3 -m helpers run`, or papermill's own, changes them. 0 is decided
 # by the device: `STEPS` of training for tool calling, `CLASSIFY_STEPS` for classification, `QUESTIONS` scored of each.
-# `FULL = True` trains the real model without a GPU too, on short texts, in about half an hour.
+# `FULL = True` trains the real model without a GPU too, on short texts, in about an hour.
 
 # %% tags=["parameters"]
 MODEL = "embedded"
