@@ -816,9 +816,9 @@ from helpers.attention_transformers import REGISTERED
 
 config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=512)
 ids = torch.randint(0, 512, (2, 64), device=device)
-real = torch.ones_like(ids)
-real[1, :20] = 0
-labels = ids.masked_fill(real == 0, -100)
+present = torch.ones_like(ids)
+present[1, :20] = 0
+labels = ids.masked_fill(present == 0, -100)
 labels[1, 20] = -100  # nothing real stands before it
 
 
@@ -827,7 +827,7 @@ def losses_of(implementation, steps=3):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(device, default_dtype())
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     for _ in range(steps):
-        loss = model(ids, attention_mask=real, labels=labels, use_cache=False).loss
+        loss = model(ids, attention_mask=present, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
