@@ -1,4 +1,4 @@
-"""``python3 -m helpers``: run, test, build, doctor, list. Standard library only until the environment exists."""
+"""``python3 -m helpers`` and its commands. Standard library only until the environment exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import environment
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python3 -m helpers", description="Five QLoRA notebooks over one package.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | test | build | doctor | list")
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | test | build | doctor | list | windows")
     run = commands.add_parser("run", help="execute notebooks with papermill into runs/<stamp>/")
     run.add_argument("notebooks", nargs="*", help="letters, as in A C; all by default")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
@@ -26,13 +26,14 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--slug", metavar="OWNER/NAME", help="the repository's name, for badges and clone commands")
     commands.add_parser("doctor", help="what is here, what is missing, and the next step for each")
     commands.add_parser("list", help="notebooks, what they need, minutes and memory")
+    commands.add_parser("windows", help="whether the pinned set would work on Windows, asked from here", add_help=False)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     args, rest = parser().parse_known_args(arguments)
-    if rest and args.command != "test":
+    if rest and args.command not in ("test", "windows"):
         parser().error(f"unknown argument {rest[0]!r}")
     if args.command == "doctor":
         from . import doctor
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "test":
         marks = ["-m", "gpu or llamacpp or not gpu"] if args.all else []
         return _start([python, "-m", "pytest", *marks, *rest])
-    module = {"run": "helpers.run", "build": "helpers.build"}[args.command]
+    module = {"run": "helpers.run", "build": "helpers.build", "windows": "helpers.windows"}[args.command]
     return _start([python, "-m", module, *arguments[1:]])
 
 
