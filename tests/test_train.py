@@ -94,6 +94,19 @@ def test_adapter_loads_in_plain_peft_and_merges_to_plain_transformers(tmp_path):
     assert (wanted - untuned).abs().max() > 0.1, "the adapter must matter for this test to mean anything"
 
 
+def test_smollm2_trains_through_our_kernel_as_through_bitsandbytes(tmp_path):
+    """The pretrained model, its 210 weights decoded by the Triton kernel itself: in the interpreter without a GPU."""
+    losses = {
+        decoder: train(TrainArguments(
+            model="embedded", dataset="python-docs", steps=3, batch_size=1, accumulation=1, max_length=32, prompt="",
+            checkpointing=False, dtype="float32", nf4=decoder, output_dir=str(tmp_path / decoder),
+        )).losses
+        for decoder in ("bitsandbytes", "triton")
+    }  # fmt: skip
+    assert losses["triton"] == pytest.approx(losses["bitsandbytes"], rel=1e-5)
+    assert len(set(losses["triton"])) == 3
+
+
 def test_log_line_and_csv(tmp_path, capsys):
     result = run(tmp_path, steps=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step:")]
