@@ -99,7 +99,7 @@ def unsloth(case: Case, folder: str) -> dict[str, Any]:
             output_dir=str(output), per_device_train_batch_size=case.batch_size, max_steps=case.steps,
             gradient_accumulation_steps=case.accumulation, max_length=case.max_length, packing=case.packing,
             padding_free=case.packing, learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=1, logging_steps=1,
-            optim="adamw_torch", bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
+            optim="adamw_torch_fused", bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
         ),
         callbacks=[log],
     )  # fmt: skip
