@@ -65,7 +65,7 @@ class TrainArguments:
     packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
     compile: bool = _flag(False, "torch.compile the embedding, decoder layers, norm and loss (helpers/compiling.py)")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
-    optimizer: str = _flag("auto", "a name that TrainingArguments.optim takes, e.g. adamw_8bit; auto: AdamW, fused on a GPU")
+    optimizer: str = _flag("auto", "a name of TrainingArguments.optim, as adamw_8bit; auto: AdamW, fused on a GPU")
     save_steps: int = _flag(0, "write a checkpoint every so many steps; 0: only the adapter, at the end")
     resume: bool = _flag(False, "go on from the last whole checkpoint in output_dir")
     deterministic: bool = _flag(True, "the same losses again on the same machine, at a few percent of speed")
