@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .linear_loss import IGNORED, linear_forward
-from .loss_functions import causal_lm_loss, cross_entropy
+from .loss_functions import causal_lm_loss, cross_entropy, replaced_forward
 
 
 @contextlib.contextmanager
@@ -46,11 +46,12 @@ def chunked_head(
     model = getattr(model, "module", model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     function = _scored(*_logits_of(base.config.get_text_config()), temperature, outputs, differentiable_entropy)
-    previous, forward = vars(base).get("forward"), base.forward
+    forward, active = base.forward, True
 
     def fused(*args, fused_lm_head: bool = False, labels: Tensor | None = None, shift_labels=None, **kwargs):
-        if not fused_lm_head:
-            return forward(*args, **({"labels": labels} if labels is not None else {}), **kwargs)
+        if not active or not fused_lm_head:
+            own = {"labels": labels, "shift_labels": shift_labels, "fused_lm_head": fused_lm_head or None}
+            return forward(*args, **{name: value for name, value in own.items() if value is not None}, **kwargs)
         if kwargs.get("output_router_logits"):
             raise ValueError("only TRL's own head adds the load-balancing loss of experts: do without chunked_head")
         items = kwargs.pop("num_items_in_batch", None)
@@ -69,14 +70,11 @@ def chunked_head(
         loss = -found["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
         return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
 
-    base.forward = fused
-    try:
-        yield
-    finally:
-        if previous is None:
-            del base.forward
-        else:
-            base.forward = previous
+    with replaced_forward(base, fused):
+        try:
+            yield
+        finally:
+            active = False  # a trainer may have wrapped it since: then it passes on
 
 
 @contextlib.contextmanager
@@ -91,7 +89,7 @@ def chunked_loss(model: nn.Module, **options: Any) -> Iterator[None]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     function = _summed(*_logits_of(base.config.get_text_config()))
-    previous, forward, active = vars(base).get("forward"), base.forward, True
+    forward, active = base.forward, True
 
     @functools.wraps(forward)
     def with_loss(*args, labels: Tensor | None = None, **kwargs):
@@ -102,15 +100,11 @@ def chunked_loss(model: nn.Module, **options: Any) -> Iterator[None]:
         head = base.get_output_embeddings()
         return CausalLMOutput(loss=causal_lm_loss(hidden, head, labels, items, forward_function=function, **options))
 
-    base.forward = with_loss
-    try:
-        yield
-    finally:
-        active = False  # a trainer may have wrapped it since: then it passes on
-        if vars(base).get("forward") is with_loss:
-            del base.forward
-            if previous is not None:
-                base.forward = previous
+    with replaced_forward(base, with_loss):
+        try:
+            yield
+        finally:
+            active = False  # as above
 
 
 def _logits_of(config: Any) -> tuple[float, float | None]:
@@ -123,6 +117,11 @@ def _logits_of(config: Any) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
+def _logits(x: Tensor, linear: Callable, scale: float, cap: float | None) -> Tensor:
+    logits = linear(x).float() * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 @functools.lru_cache
 def _summed(scale: float, cap: float | None) -> Callable:
     """f for `linear_forward`: cross entropy of scaled and capped logits, summed; plain where there is neither."""
@@ -130,10 +129,7 @@ def _summed(scale: float, cap: float | None) -> Callable:
         return cross_entropy
 
     def summed(x: Tensor, linear: Callable, labels: Tensor) -> Tensor:
-        logits = linear(x).float() * scale
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(_logits(x, linear, scale, cap), labels, ignore_index=IGNORED, reduction="sum")
 
     return summed
 
@@ -145,9 +141,7 @@ def _scored(
     """f for `linear_forward`: ``outputs`` of each label. One function for the same arguments, so compiled once."""
 
     def scored(x: Tensor, linear: Callable, labels: Tensor) -> tuple[Tensor, ...]:
-        logits = linear(x).float() * scale
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = _logits(x, linear, scale, cap)
         logp = torch.log_softmax(logits / temperature, dim=1)
         found = {"log_probs": -F.nll_loss(logp, labels, reduction="none")}
         if "entropy" in outputs:

@@ -27,6 +27,7 @@ from .attention import one_graph, without_cudnn
 from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
+from .loss_functions import replaced_forward
 from .step_graphs import StepGraphs
 
 PAD_TO = 128  # tokens
@@ -262,7 +263,7 @@ def _compile_loss(
         return hidden if deferred else cls.__call__(module, hidden)
 
     stack.enter_context(_called_as([norm], call_norm))
-    forward, own = base.forward, "forward" in vars(base)
+    forward = base.forward
 
     def loss_of(ids: Tensor, labels: Tensor, items: Tensor | int, **kwargs: Any) -> Tensor:
         nonlocal deferred
@@ -302,8 +303,7 @@ def _compile_loss(
             )  # fmt: skip
         return CausalLMOutput(loss=graphs(input_ids, labels, items, decoder.layers[0].gradient_checkpointing))
 
-    base.forward = compiled_forward
-    stack.callback(lambda: _restore_forward(base, compiled_forward, forward if own else None))
+    stack.enter_context(replaced_forward(base, compiled_forward))  # inactive, it passes on
     return "compiled"
 
 
@@ -353,15 +353,6 @@ def _gathered(head: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         head._parameters.update(sharded)
-
-
-def _restore_forward(base: nn.Module, ours: Callable, previous: Callable | None) -> None:
-    if vars(base).get("forward") is not ours:  # wrapped since, by a trainer: ours passes on once inactive
-        return
-    if previous is None:
-        del base.forward
-    else:
-        base.forward = previous
 
 
 def _batch_for_one_graph(
