@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import bench_trainer
 from .memory import GIB
 
 WARMUP = 2  # steps that compile and fill the allocator
@@ -70,44 +71,10 @@ def ours(case: Case, flags: dict[str, Any], ranks: int) -> dict[str, Any]:
 
 def unsloth(case: Case) -> dict[str, Any]:
     """Unsloth's own loading, LoRA, checkpointing and, by UNSLOTH_FSDP2=1, sharding. AGPL: run, not copied."""
-    import unsloth  # noqa: F401, I001  before everything that it patches
-    import torch
-    from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel
-
-    from .checkpoints import LORA_TARGETS
-    from .instruction_data import load_instructions
-    from .memory import peak_gib
-    from .train import StepLog
-
-    model, tokenizer = FastLanguageModel.from_pretrained(case.model, max_seq_length=case.max_length, load_in_4bit=True)
-    model = FastLanguageModel.get_peft_model(
-        model, r=case.lora_rank, lora_alpha=2 * case.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0,
-        bias="none", use_gradient_checkpointing="unsloth", random_state=3407,
-    )  # fmt: skip
-    output = Path(tempfile.mkdtemp())
-    log = StepLog(output / "train_log.csv", keep_up_to=0)
-    trainer = SFTTrainer(
-        model=model,
-        train_dataset=load_instructions(_rows(case), vocab_size=model.config.vocab_size),
-        processing_class=tokenizer,
-        args=SFTConfig(
-            output_dir=str(output), per_device_train_batch_size=case.batch_size, max_steps=case.steps,
-            gradient_accumulation_steps=case.accumulation, max_length=case.max_length, learning_rate=2e-4,
-            lr_scheduler_type="linear", warmup_steps=1, logging_steps=1, optim="adamw_8bit", bf16=True, seed=3407,
-            data_seed=3407, report_to="none", save_strategy="no",
-        ),
-        callbacks=[log],
-    )  # fmt: skip
-    torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    allocated, reserved = peak_gib()
-    return {
-        "seconds": [row["step_s"] for row in log.rows],
-        "losses": [row["loss"] for row in log.rows],
-        "allocated_gib": allocated,
-        "reserved_gib": reserved,
-    }
+    return bench_trainer.unsloth(bench_trainer.Case(
+        "FSDP2", "", f"{case.max_length}-{case.max_length}x300", case.max_length, True, batch_size=case.batch_size,
+        accumulation=case.accumulation, lora_rank=case.lora_rank, steps=case.steps, optimizer="adamw_8bit",
+    ), case.model)  # fmt: skip
 
 
 def _rows(case: Case) -> str:
@@ -169,11 +136,7 @@ def tokens_per_second(case: Case, row: dict[str, Any]) -> float:
 
 def save_model(case: Case, folder: Path) -> Case:
     """The case with its random weights saved as a 4-bit checkpoint, which every contender can load."""
-    from .checkpoints import load_base
-
-    made = load_base(case.model)
-    made.model.save_pretrained(folder)
-    made.tokenizer.save_pretrained(folder)
+    bench_trainer.save_shape(case.model.removeprefix("shape:"), folder)
     return Case(**asdict(case) | {"model": str(folder)})
 
 

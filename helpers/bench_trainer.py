@@ -29,7 +29,7 @@ WARMUP = 4  # steps that compile and fill the allocator
 
 @dataclass(frozen=True)
 class Case:
-    """One training set-up; lengths in tokens, batches in rows."""
+    """One training set-up; ``rows`` as LOW-HIGHxROWS, lengths in tokens, batches in rows."""
 
     name: str
     shape: str
@@ -41,14 +41,15 @@ class Case:
     accumulation: int = 4
     lora_rank: int = 32
     steps: int = 14
+    optimizer: str = "adamw_torch_fused"
 
 
 CASES = (
-    Case("1B padded", "llama-3.2-1b", "200-1024", 1024, False),
-    Case("1B padded, checkpointing", "llama-3.2-1b", "200-1024", 1024, True),
-    Case("1B packed", "llama-3.2-1b", "200-1024", 2048, False, packing=True),
-    Case("1B packed, checkpointing", "llama-3.2-1b", "200-1024", 2048, True, packing=True),
-    Case("8B, checkpointing", "llama-3.1-8b", "2048-2048", 2048, True, lora_rank=64, steps=9),
+    Case("1B padded", "llama-3.2-1b", "200-1024x600", 1024, False),
+    Case("1B padded, checkpointing", "llama-3.2-1b", "200-1024x600", 1024, True),
+    Case("1B packed", "llama-3.2-1b", "200-1024x600", 2048, False, packing=True),
+    Case("1B packed, checkpointing", "llama-3.2-1b", "200-1024x600", 2048, True, packing=True),
+    Case("8B, checkpointing", "llama-3.1-8b", "2048-2048x600", 2048, True, lora_rank=64, steps=9),
 )
 
 
@@ -58,7 +59,7 @@ def ours(case: Case, stock: bool, folder: str) -> dict[str, Any]:
 
     parts = {"nf4": "bitsandbytes", "loss": "trl", "attention": "stock"} if stock else {"compile": True}
     result = train(TrainArguments(
-        model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps,
+        model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps, optimizer=case.optimizer,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
         packing=case.packing, checkpointing=case.checkpointing, lora_rank=case.lora_rank, deterministic=False,
         prompt="", **parts,
@@ -99,7 +100,7 @@ def unsloth(case: Case, folder: str) -> dict[str, Any]:
             output_dir=str(output), per_device_train_batch_size=case.batch_size, max_steps=case.steps,
             gradient_accumulation_steps=case.accumulation, max_length=case.max_length, packing=case.packing,
             padding_free=case.packing, learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=1, logging_steps=1,
-            optim="adamw_torch_fused", bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
+            optim=case.optimizer, bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
         ),
         callbacks=[log],
     )  # fmt: skip
@@ -116,7 +117,7 @@ def unsloth(case: Case, folder: str) -> dict[str, Any]:
 
 
 def _rows(case: Case) -> str:
-    return f"random:{case.rows}x600"
+    return f"random:{case.rows}"
 
 
 def save_shape(shape: str, folder: Path) -> None:
