@@ -95,6 +95,8 @@ def compile_model(
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         stack.enter_context(without_cudnn())
+        # Fused kernels round where eager's do, so that the loss is eager's.
+        stack.enter_context(torch._inductor.config.patch(emulate_precision_casts=True))
         stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=RecomputeAll()))
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))

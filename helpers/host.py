@@ -141,6 +141,8 @@ def quiet() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore", message="IProgress not found")  # as tqdm says when it is first imported
     warnings.filterwarnings("ignore", message=".*deterministic")  # asked for where PyTorch has it, and no further
+    warnings.filterwarnings("ignore", message="\nOnline softmax is disabled")  # Inductor, of the loss
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 stays float32
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without

@@ -146,7 +146,8 @@ def dequantize_kernel(
     ROUND_BF16: tl.constexpr,
     HINTS: tl.constexpr,  # cache eviction hints: codes and scales are read once, the two small tables by every program
 ):
-    ONCE: tl.constexpr = "evict_first" if HINTS else ""
+    FIRST: tl.constexpr = "evict_first" if HINTS == 2 else ""
+    ONCE: tl.constexpr = "evict_first" if HINTS == 1 or HINTS == 2 else ""
     OFTEN: tl.constexpr = "evict_last" if HINTS else ""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * GROUPS
@@ -160,7 +161,7 @@ def dequantize_kernel(
     if ASM:
         word = packed_ptr.to(tl.pointer_type(tl.int32)) + group[:, None] * (GROUP // 8) + tl.arange(0, 4)[None, :]
         word_mask = None if EVEN else inside[:, None]
-        codes0 = tl.load(word, word_mask, eviction_policy=ONCE)
+        codes0 = tl.load(word, word_mask, eviction_policy=FIRST)
         codes1 = tl.load(word + 4, word_mask, eviction_policy=ONCE) if GROUP == 64 else codes0
     else:
         UNITS: tl.constexpr = GROUP // (2 * UNIT)

@@ -168,6 +168,7 @@ def table(capabilities: Sequence[int] = CAPABILITIES, kernels: Sequence[str] = t
         arch = {"arch": f"sm_{capability}", "dtype": str(dtype).removeprefix("torch."), "kernel": name}
         return {**arch, **summarize(*found)}
 
+    _unsloth_module()  # before there are threads: while it loads, sys.modules is patched
     cases = itertools.product(capabilities, (torch.float16, torch.bfloat16), kernels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [found for found in pool.map(row, cases) if found]

@@ -38,6 +38,8 @@ from .nf4_tensor import NF4Linear
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
 COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
+# PyTorch's own, 65536, overflows in the first steps, and a skipped step parts two runs that differ by a rounding.
+FIRST_SCALE = 4096.0
 PROMPT = "In Python's standard library, what does `textwrap.wrap` do?"
 
 
@@ -157,6 +159,8 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if name in adapters:
                 parameter.data = adapters[name]
+        if (scaler := self.accelerator.scaler) is not None:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": FIRST_SCALE})
         self._saving_into: str | None = None
         self._tokens_since_log: torch.Tensor | int = 0
 

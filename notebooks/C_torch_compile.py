@@ -114,14 +114,12 @@ def counts_of(what, process):
 
 
 processes = {"mlp": start("mlp", MODEL, DATASET), "model": start("model", "shape:tiny", "random:1-100x400")}
-as_set = counts_of("mlp", processes["mlp"])
 
 # %% [markdown]
 # The MLP alone compiles by now without a break (bitsandbytes has become an operator that Dynamo sees through), but it is one
-# module of many. The whole model does break. It is traced, not compiled, and tiny, so that it gets to the end:
-
-# %%
-whole = counts_of("model", processes["model"])
+# module of many. The whole model does break. It is traced, not compiled, and tiny, so that it gets to the end. With one compile
+# thread and no caches the first takes two minutes: it goes on beside the next sections, whose times are not compared, and
+# *What the stock stack did* counts.
 
 # %% [markdown]
 # ## Ours: regions, compiled in place
@@ -141,9 +139,11 @@ print(inspect.getsource(compiling.compile_model))
 
 # %% [markdown]
 # ## Sixty steps, eager and compiled
-# Stock transformers, PEFT, TRL and bitsandbytes against the same with our NF4 kernel, FlexAttention and compiled regions: the
-# same rows and seeds, accumulation over two micro-batches, an evaluation every 15 steps. One counter sees the whole run.
-# In fp16, with GradScaler, the second pair runs with PyTorch's own attention (`auto`).
+# The same parts (NF4 kernel, loss in chunks, attention), the same rows and seeds, once eager and once compiled: accumulation over
+# two micro-batches, an evaluation every 15 steps. One counter sees the whole run. The first pair uses FlexAttention; in
+# fp16, with GradScaler, the second pair runs with PyTorch's own attention (`auto`). Fused kernels keep intermediate values in
+# float32, which eager rounds; they are told to round too (`emulate_precision_casts`), or the losses would part by bfloat16's
+# third digit. Learning rate 2e-5: at ten times that Adam's first steps make updates of mere roundings.
 
 # %%
 from transformers import TrainerCallback
@@ -172,18 +172,16 @@ if GPU:
 else:
     pairs = [("float32", "auto")]
 
-STOCK = {"nf4": "bitsandbytes", "attention": "stock", "loss": "full", "compile": False}
-OURS = {"nf4": "triton" if GPU else "bitsandbytes", "compile": True}
 runs, counters, evaluations = {}, {}, {}
 for dtype, attention in pairs:
-    for name, parts in (("eager", STOCK), ("compiled", OURS | {"attention": attention})):
+    for name in ("eager", "compiled"):
         print(f"--- {dtype}, {name}")
         key, evaluate = (dtype, name), Evaluate()
         with CompileCounter() as counters[key]:
             runs[key] = train(TrainArguments(
                 model=MODEL, dataset=DATASET, steps=STEPS, dtype=dtype, batch_size=2 if GPU else 1, accumulation=2,
-                max_length=1024, lora_rank=32, checkpointing=False, deterministic=False, prompt="",
-                output_dir=str(results.folder / f"C_{dtype}_{name}"), **parts,
+                max_length=1024, lora_rank=32, checkpointing=False, deterministic=False, prompt="", learning_rate=2e-5,
+                attention=attention, compile=name == "compiled", output_dir=str(results.folder / f"C_{dtype}_{name}"),
             ), callbacks=[evaluate])
         evaluations[key] = evaluate.losses
         torch._dynamo.reset()
@@ -203,8 +201,8 @@ for column, (dtype, attention) in enumerate(pairs):
     steps = range(1, len(eager) + 1)
     rows += [{"dtype": dtype, "step": i, "eager": a, "compiled": b, "relative_difference": d}
              for i, a, b, d in zip(steps, eager, ours, differences, strict=True)]
-    axes[0, column].plot(steps, eager, "--", color="grey", label="eager, stock")
-    axes[0, column].plot(steps, ours, color="tab:blue", label=f"compiled, attention {attention}")
+    axes[0, column].plot(steps, eager, "--", color="grey", label=f"eager, attention {attention}")
+    axes[0, column].plot(steps, ours, color="tab:blue", label="compiled")
     axes[0, column].set(ylabel="loss", title=f"QLoRA, {runs[dtype, 'eager'].label}, {dtype}\n{host.machine()}")
     axes[0, column].legend()
     axes[1, column].semilogy(steps, [max(d, 1e-9) for d in differences], color="tab:blue")
@@ -225,6 +223,13 @@ for dtype, _ in pairs:
     results.criterion(f"C.evaluation.{dtype}", f"{dtype}: the same of the evaluations between", apart, "<= 1e-3")
     results.criterion(f"C.breaks.{dtype}", f"{dtype}: graph breaks", counter.graph_breaks, "== 0")
     results.criterion(f"C.compiles.{dtype}", f"{dtype}: compiles, first step to last, evaluation included (allowed: 30)", counter.compiles, "<= 6")
+
+# %% [markdown]
+# ## What the stock stack did
+# The two processes of the challenge's script, ended by now.
+
+# %%
+as_set, whole = (counts_of(what, process) for what, process in processes.items())
 print(f"whole model, stock: {whole['compiles']} compiles and {whole['graph_breaks']} breaks in {BASELINE_STEPS} steps; "
       f"ours: {counters[pairs[0][0], 'compiled'].compiles} and {counters[pairs[0][0], 'compiled'].graph_breaks} in {STEPS}")
 
@@ -362,24 +367,21 @@ else:
 
 # %% [markdown]
 # ## Speed and memory
-# From the runs above: seconds a step, and the peak that PyTorch's allocator gave out. The first steps compile.
+# From the runs above: the peak that PyTorch's allocator gave out. Their times are not compared, since the challenge's script ran
+# beside them.
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5))
+fig, axis = plt.subplots(figsize=(7, 3.5))
 rows = []
 for (dtype, name), run in runs.items():
     label, style = f"{name}, {dtype}", "--" if name == "eager" else "-"
-    left.semilogy([r["step"] for r in run.rows], [r["step_s"] for r in run.rows], style, label=label)
-    right.plot([r["step"] for r in run.rows], [r["memory_gib"] for r in run.rows], style, label=label)
-    rows += [{"run": label, "step": r["step"], "step_s": r["step_s"], "memory_gib": r["memory_gib"]} for r in run.rows]
-    results.metric(f"step time, {label}", run.median_step_s, "s")
+    axis.plot([r["step"] for r in run.rows], [r["memory_gib"] for r in run.rows], style, label=label)
+    rows += [{"run": label, "step": r["step"], "memory_gib": r["memory_gib"]} for r in run.rows]
     results.metric(f"peak allocated, {label}", run.peak_allocated_gib, "GiB")
-    print(f"{label:20s} {run.median_step_s:.3f} s a step, first step {run.rows[0]['step_s']:.1f} s, {run.peak_allocated_gib:.2f} GiB")
-left.set(xlabel="step", ylabel="s", title=f"Step time, {host.machine()}")
-right.set(xlabel="step", ylabel="GiB", title="Peak memory so far")
-left.legend()
-fig.tight_layout()
-save_figure(fig, "C_speed_and_memory", rows)
+    print(f"{label:20s} {run.peak_allocated_gib:.2f} GiB, first step {run.rows[0]['step_s']:.1f} s")
+axis.set(xlabel="step", ylabel="GiB", title=f"Peak memory so far, {host.machine()}")
+axis.legend()
+save_figure(fig, "C_memory", rows)
 
 # %% [markdown]
 # At the shape of Llama 3.2 1B with random weights, rows of 200 to 1024 tokens padded, batch 2 x 4, LoRA of rank 32. What costs
