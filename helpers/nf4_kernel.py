@@ -144,10 +144,8 @@ def dequantize_kernel(
     EVEN: tl.constexpr,  # the programs divide the weight: no masks
     ASM: tl.constexpr,
     ROUND_BF16: tl.constexpr,
-    HINTS: tl.constexpr,  # cache eviction hints: codes and scales are read once, the two small tables by every program
+    HINTS: tl.constexpr,  # a cache eviction hint: the two small tables are read by every program
 ):
-    FIRST: tl.constexpr = "evict_first" if HINTS == 2 else ""
-    ONCE: tl.constexpr = "evict_first" if HINTS == 1 or HINTS == 2 else ""
     OFTEN: tl.constexpr = "evict_last" if HINTS else ""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * GROUPS
@@ -161,15 +159,15 @@ def dequantize_kernel(
     if ASM:
         word = packed_ptr.to(tl.pointer_type(tl.int32)) + group[:, None] * (GROUP // 8) + tl.arange(0, 4)[None, :]
         word_mask = None if EVEN else inside[:, None]
-        codes0 = tl.load(word, word_mask, eviction_policy=FIRST)
-        codes1 = tl.load(word + 4, word_mask, eviction_policy=ONCE) if GROUP == 64 else codes0
+        codes0 = tl.load(word, word_mask)
+        codes1 = tl.load(word + 4, word_mask) if GROUP == 64 else codes0
     else:
         UNITS: tl.constexpr = GROUP // (2 * UNIT)
         unit = group[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
         if UNIT == 4:
             packed_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
-        units = tl.load(packed_ptr + unit, None if EVEN else unit * (2 * UNIT) < n_left, eviction_policy=ONCE)
-    absmax = tl.load(absmax_ptr + block, mask=inside, eviction_policy=ONCE)
+        units = tl.load(packed_ptr + unit, None if EVEN else unit * (2 * UNIT) < n_left)
+    absmax = tl.load(absmax_ptr + block, mask=inside)
     if NESTED:
         code2 = tl.load(code2_ptr + absmax.to(tl.int32), mask=inside, eviction_policy=OFTEN).to(tl.float32)
         absmax2 = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=inside, eviction_policy=OFTEN)
