@@ -244,8 +244,7 @@ def launch_cost(rows: Rows) -> None:
 
 
 def compiled_mlp(rows: Rows, rounds: int) -> None:
-    """The MLP with our decoder, eager, compiled and compiled into a CUDA graph: wall time per call, GPU time of its three
-    decodes."""
+    """The MLP with our decoder, eager, compiled and as a CUDA graph: wall time a call, GPU time of its decodes."""
     for bsz, qlen, hd, m, dtype in ((5, 777, 1024, 4096, training_dtype()), (2, 3333, 2048, 8192, torch.float16)):
         mlp, x = MLP(hd, m, dtype), torch.randn(bsz, qlen, hd, dtype=dtype, device="cuda")
 

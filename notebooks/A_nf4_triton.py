@@ -66,7 +66,7 @@ MODEL = "auto"
 DATASET = "auto"
 STEPS = 0
 TRIALS = 1000
-CASES = 300
+CASES = 200
 
 # %% [markdown]
 # ## What an NF4 weight is
