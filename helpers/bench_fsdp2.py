@@ -3,28 +3,36 @@
     python3 -m helpers.bench_fsdp2 --out runs/bench_fsdp2
 
 Published shapes with RANDOM weights and rows of random token ids: this measures speed and memory, not learning. Every
-contender trains the same rows in the same batches, each GPU's memory capped. Rows go to ``fsdp2_bench.csv``.
+contender trains the same rows in the same batches, in processes of its own, each GPU's memory capped. Where the GPUs
+hold several contenders they start, load and compile side by side; then each in turn takes its timed steps while the
+others wait and use neither GPU nor processor. Rows go to ``fsdp2_bench.csv`` as soon as they are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import bench_trainer
 from .memory import GIB
+from .ranks import Job
 
 WARMUP = 2  # steps that compile and fill the allocator
+CONTEXT_GIB = 1.0  # of a process beside what is capped: CUDA's context, NCCL's buffers
+DEFAULT_RUNS = ("2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "2:ours, bitsandbytes' linear",
+                "2:ours, float32 AdamW")  # fmt: skip
 # Flags of helpers.train that a contender has besides Case's.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, 8-bit Adam": {},
@@ -47,148 +55,282 @@ class Case:
     steps: int = 7
     cap_gib: float = 14.7
 
+    @property
+    def rows(self) -> str:
+        return f"random:{self.max_length}-{self.max_length}x300"
 
-def ours(case: Case, flags: dict[str, Any], ranks: int) -> dict[str, Any]:
+
+# In a contender's processes
+
+
+def ours(case: Case, flags: dict[str, Any], ranks: int, output_dir: Path, callbacks: list) -> None:
     """One run of helpers.train in this process, a rank of ``ranks`` or alone."""
-    import torch
-
     from .train import TrainArguments, train
 
     arguments = {"compile": True, "nf4": "triton", "optimizer": "adamw_8bit"} | flags
-    result = train(TrainArguments(
-        model=case.model, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps,
+    train(TrainArguments(
+        model=case.model, dataset=case.rows, output_dir=str(output_dir), steps=case.steps,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
         lora_rank=case.lora_rank, deterministic=False, prompt="", fsdp2=ranks > 1, **arguments,
-    ))  # fmt: skip
-    torch.cuda.empty_cache()
-    return {
-        "seconds": [row["step_s"] for row in result.rows],
-        "losses": result.losses,
-        "allocated_gib": result.peak_allocated_gib,
-        "reserved_gib": result.peak_reserved_gib,
-    }
+    ), callbacks)  # fmt: skip
 
 
-def unsloth(case: Case) -> dict[str, Any]:
+def unsloth(case: Case, folder: Path, limit_s: float, callbacks: list) -> None:
     """Unsloth's own loading, LoRA, checkpointing and, by UNSLOTH_FSDP2=1, sharding. AGPL: run, not copied."""
-    return bench_trainer.unsloth(bench_trainer.Case(
-        "FSDP2", "", f"{case.max_length}-{case.max_length}x300", case.max_length, True, batch_size=case.batch_size,
+    _wait_for(folder, limit_s, "saved weights")
+    bench_trainer.unsloth(bench_trainer.Case(
+        "FSDP2", "", case.rows.removeprefix("random:"), case.max_length, True, batch_size=case.batch_size,
         accumulation=case.accumulation, lora_rank=case.lora_rank, steps=case.steps, optimizer="adamw_8bit",
-    ), case.model)  # fmt: skip
+    ), str(folder), callbacks)  # fmt: skip
 
 
-def _rows(case: Case) -> str:
-    return f"random:{case.max_length}-{case.max_length}x300"
+def _wait_for(path: Path, limit_s: float, what: str) -> None:
+    until = time.monotonic() + limit_s
+    while not path.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{what} did not come within {limit_s:.0f} s")
+        time.sleep(0.02)
+
+
+def _turn(folder: Path, limit_s: float):
+    """The callback that times a contender: warmed up it says so and waits for its turn; then every step counts whole.
+
+    When the last step is done it writes what it found and ends the process: to save an adapter of 0.7 GB that nobody
+    wants would take longer than the steps, at the cost of the contender that is next.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    rank = os.environ.get("RANK", "0")
+
+    class Turn(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            if state.global_step == WARMUP:
+                self.seconds: list[float] = []
+                (folder / f"ready {rank}").touch()
+                _wait_for(folder / "go", limit_s, "a turn")
+            elif state.global_step > WARMUP:
+                self.seconds.append(time.perf_counter() - self.began)
+            self.began = time.perf_counter()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            found = {
+                "seconds": self.seconds, "losses": [row["loss"] for row in state.log_history if "loss" in row],
+                "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+                "reserved_gib": torch.cuda.max_memory_reserved() / GIB, "memory": timeline.rows,
+            }  # fmt: skip
+            scratch = folder / f"scratch {rank}"
+            scratch.write_text(json.dumps(found), encoding="utf-8")
+            os.replace(scratch, folder / f"measured {rank}")
+            os._exit(0)
+
+    timeline = _Timeline()
+    return Turn()
+
+
+class _Timeline:
+    """``rows``: this process's GPU memory as PyTorch's allocator counts it, five times a second from now on."""
+
+    def __init__(self):
+        self.rows: list[dict[str, float]] = []
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        import torch
+
+        started = time.perf_counter()
+        while True:
+            self.rows.append({
+                "seconds": round(time.perf_counter() - started, 1),
+                "allocated_gib": round(torch.cuda.memory_allocated() / GIB, 3),
+                "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 3),
+            })  # fmt: skip
+            time.sleep(0.2)
 
 
 def _in_rank(request: dict[str, Any]) -> None:
-    """What each started process does: run its contenders, the first one writing what each measured to a file."""
+    """What each process of a contender does."""
     import torch
 
-    case, ranks = Case(**request["case"]), request["ranks"]
+    case, name, folder = Case(**request["case"]), request["contender"], Path(request["folder"])
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib * GIB / total))
-    for name in request["contenders"]:
-        torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        measured = unsloth(case) if name == "unsloth" else ours(case, CONTENDERS[name], ranks)
-        measured |= {"contender": name, "gpus": ranks, "total_s": time.perf_counter() - started}
-        if os.environ.get("RANK", "0") == "0":
-            with open(request["file"], "a", encoding="utf-8") as file:
-                file.write(json.dumps(measured) + "\n")
+    if name == "unsloth":  # before everything that it patches, and while the weights are being saved
+        importlib.import_module("unsloth")
+    turn = [_turn(folder, request["limit_s"])]
+    if name == "unsloth":
+        unsloth(case, Path(request["saved"]), request["limit_s"], turn)
+    else:
+        ours(case, CONTENDERS[name], request["ranks"], folder / "run", turn)
 
 
-def measure(case: Case, contenders: list[str], ranks: int, limit_s: int) -> list[dict[str, Any]]:
-    """Run ``contenders`` one after another on ``ranks`` GPUs; a row each, with ``error`` for those that failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "measured.jsonl"
-        request = {"case": asdict(case), "contenders": contenders, "ranks": ranks, "file": str(file)}
-        arguments = ["-m", "helpers.bench_fsdp2", "--in-rank", json.dumps(request)]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        start = [sys.executable, *torchrun, *arguments]
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(ranks)))}
-        if "unsloth" in contenders:
-            visible |= {"UNSLOTH_FSDP2": "1"} if ranks > 1 else {}
-            visible["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "1"
-        process = subprocess.Popen(start, env=os.environ | visible, text=True, stderr=subprocess.PIPE)
+# In the process that starts them
+
+
+class Bench:
+    """Contenders in processes of their own; :meth:`start` returns at once, :meth:`finish` when all have had their turn.
+
+    Args:
+        runs: ``GPUS:CONTENDER`` each; the order is that of their turns.
+        out: folder of ``fsdp2_bench.csv``, of each contender's memory over time and of logs.
+        limit_s: seconds from its start within which a contender must have warmed up; a third of it for its turn.
+        at_once: contenders side by side; 0: as many as the memory of a GPU holds under the case's cap.
+
+    Raises:
+        ValueError: a run that is not of that form.
+    """
+
+    entry = ["-m", "helpers.bench_fsdp2", "--in-rank"]
+
+    def __init__(self, case: Case, runs: Iterable[str], out: Path, limit_s: float = 180, at_once: int = 0):
+        self.case, self.waiting, self.out, self.limit_s = case, list(runs), out, limit_s
+        for run in self.waiting:
+            gpus, _, name = run.partition(":")
+            if not gpus.isdigit() or name not in CONTENDERS:
+                raise ValueError(f"run {run!r} is not GPUS:CONTENDER, with a contender of {', '.join(CONTENDERS)}")
+        self.at_once = at_once or places(case.cap_gib)
+        self.all_s = limit_s * (1 + len(self.waiting))  # more than anything waits for
+        self.running: dict[str, tuple[Job, Path, float]] = {}  # with the folder it writes to, and when it is late
+        self.saving: Job | None = None
+        self.rows: list[dict[str, Any]] = []
+
+    def start(self) -> Bench:
+        """Begin to save the weights for whoever loads a checkpoint, and start as many as there are places for."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.scratch = tempfile.TemporaryDirectory(prefix="fsdp2-bench-", ignore_cleanup_errors=True)
+        self.saved = Path(self.scratch.name, "model") if self.case.model.startswith("shape:") else Path(self.case.model)
+        if not self.saved.exists() and any(run.endswith(":unsloth") for run in self.waiting):
+            code = ("import os, sys, pathlib; from helpers.bench_trainer import save_shape; "
+                    "save_shape(sys.argv[1], pathlib.Path(sys.argv[2] + '.partial')); "
+                    "os.rename(sys.argv[2] + '.partial', sys.argv[2])")  # fmt: skip
+            self.saving = self._job("model", ["-c", code, self.case.model.removeprefix("shape:"), str(self.saved)], 0)
+            self.saving.start()
+            while self.at_once == 1 and not self.saving.ended():  # its memory is the first contender's
+                time.sleep(0.1)
+        self._fill()
+        return self
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Give every contender its turn; a row each, with ``error`` for those that failed."""
         try:
-            said = process.communicate(timeout=limit_s)[1]
-            errors = [line for line in said.splitlines() if "Error" in line]
-            error = (errors or ["no error was printed"])[0][-300:]
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then stops its ranks
-            said = process.communicate()[1]
-            error = f"not done after {limit_s} s"
-        if process.returncode:
-            print(said[-6000:], file=sys.stderr)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines]
-    measured = {row["contender"] for row in rows}
-    return rows + [{"contender": c, "gpus": ranks, "error": error} for c in contenders if c not in measured]
+            while self.running or self.waiting:
+                self._fill()
+                self._warm()
+                for run in list(self.running):
+                    self._take_turn(run)
+        finally:
+            for job in [*(job for job, _, _ in self.running.values()), *filter(None, [self.saving])]:
+                job.stop("was interrupted")
+            self.scratch.cleanup()
+        return self.rows
+
+    def _job(self, name: str, arguments: list[str], ranks: int, **environment: str) -> Job:
+        # Each process would start a compile worker a processor, of which few would ever have work.
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(ranks or 1)))
+        return Job(name, arguments, self.out / "logs", ranks, self.all_s, environment)
+
+    def _fill(self) -> None:
+        while self.waiting and len(self.running) < self.at_once:
+            run = self.waiting.pop(0)
+            gpus, name = run.split(":", 1)
+            ranks = int(gpus) if int(gpus) > 1 else 0
+            folder = Path(self.scratch.name, run.replace(":", " "))
+            folder.mkdir()
+            request = {"case": asdict(self.case), "contender": name, "ranks": int(gpus), "folder": str(folder),
+                       "saved": str(self.saved), "limit_s": self.all_s}  # fmt: skip
+            environment = {}
+            if name == "unsloth":  # the padding is part of the case
+                environment = {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"} | ({"UNSLOTH_FSDP2": "1"} if ranks else {})
+            job = self._job(run.replace(":", " "), [*self.entry, json.dumps(request)], ranks, **environment).start()
+            self.running[run] = job, folder, time.monotonic() + self.limit_s
+
+    def _warm(self) -> None:
+        """Wait until every contender that runs is ready for its turn, has ended, or is late."""
+        for job, folder, late in self.running.values():
+            while not job.ended() and len(list(folder.glob("ready *"))) < len(job.processes):
+                if self.saving and self.saving.ended() and self.saving.failure and "unsloth" in job.name:
+                    job.stop(f"its weights could not be saved: {self.saving.failure}")
+                elif time.monotonic() > late:
+                    job.stop(f"had not warmed up after {self.limit_s:.0f} s")
+                time.sleep(0.05)
+
+    def _take_turn(self, run: str) -> None:
+        job, folder, _ = self.running[run]
+        late = time.monotonic() + self.limit_s / 3
+        (folder / "go").touch()
+        while not job.ended():
+            if time.monotonic() > late:
+                job.stop(f"timed steps were not done after {self.limit_s / 3:.0f} s")
+            time.sleep(0.05)
+        del self.running[run]
+        gpus, name = run.split(":", 1)
+        row: dict[str, Any] = {"gpus": int(gpus), "contender": name, "error": job.failure}
+        if not job.failure:
+            found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("measured *"))]
+            for rank, each in enumerate(found):
+                _write_csv(each.pop("memory"), self.out / f"{job.name}, memory of GPU {rank}.csv")
+            row |= _row(self.case, int(gpus), found)
+        self.rows.append(row)
+        _write_csv(self.rows, self.out / "fsdp2_bench.csv")
+        print(_line(row), flush=True)
 
 
-def tokens_per_second(case: Case, row: dict[str, Any]) -> float:
-    """Of all GPUs together; the median step after the first `WARMUP`."""
-    tokens = case.max_length * case.batch_size * case.accumulation * row["gpus"]
-    return tokens / statistics.median(row["seconds"][WARMUP:])
+def places(cap_gib: float) -> int:
+    """How many contenders of ``cap_gib`` GiB a GPU the smallest GPU here holds side by side, and processors feed."""
+    import torch
+
+    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
+    return max(1, min(int(smallest / (cap_gib + CONTEXT_GIB)), (os.cpu_count() or 1) // 6))
 
 
-def save_model(case: Case, folder: Path) -> Case:
-    """The case with its random weights saved as a 4-bit checkpoint, which every contender can load."""
-    bench_trainer.save_shape(case.model.removeprefix("shape:"), folder)
-    return Case(**asdict(case) | {"model": str(folder)})
+def _row(case: Case, gpus: int, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks of a contender measured: tokens a second of all GPUs, the first rank's losses, the most memory."""
+    step = statistics.median(found[0]["seconds"])
+    return {
+        "tokens_per_s": round(case.max_length * case.batch_size * case.accumulation * gpus / step),
+        "step_s": round(step, 4),
+        "allocated_gib": round(max(each["allocated_gib"] for each in found), 2),
+        "reserved_gib": round(max(each["reserved_gib"] for each in found), 2),
+        "losses": " ".join(f"{loss:.5f}" for loss in found[0]["losses"]),
+        "seconds": " ".join(f"{s:.3f}" for s in found[0]["seconds"]),
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m helpers.bench_fsdp2", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_fsdp2"), help="folder of fsdp2_bench.csv")
-    parser.add_argument("--runs", nargs="*", default=["2:ours, 8-bit Adam", "2:ours, float32 AdamW",
-        "2:ours, bitsandbytes' linear", "1:ours, 8-bit Adam", "2:unsloth"], help="GPUs:contender")  # fmt: skip
+    parser.add_argument("--runs", nargs="*", default=list(DEFAULT_RUNS), help="GPUS:CONTENDER")
     parser.add_argument("--model", default=Case.model)
     parser.add_argument("--steps", type=int, default=Case.steps)
-    parser.add_argument("--limit", type=int, default=600, help="seconds for the contenders of one start")
+    parser.add_argument("--limit", type=int, default=180, help="seconds within which a contender must have warmed up")
+    parser.add_argument("--at-once", type=int, default=0, help="contenders side by side; 0: what the memory holds")
     parser.add_argument("--in-rank", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.in_rank:
         _in_rank(json.loads(args.in_rank))
         return 0
-    case = Case(model=args.model, steps=args.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    starts: dict[tuple[int, bool], list[str]] = {}
-    for run in args.runs:
-        ranks, contender = run.split(":", 1)
-        starts.setdefault((int(ranks), contender == "unsloth"), []).append(contender)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for (ranks, other), contenders in starts.items():
-            shown = save_model(case, Path(folder)) if other and case.model.startswith("shape:") else case
-            rows += measure(shown, contenders, ranks, args.limit)
-            _write(case, rows, args.out / "fsdp2_bench.csv")
-    return 0
+    case = replace(Case(), model=args.model, steps=args.steps)
+    rows = Bench(case, args.runs, args.out, args.limit, args.at_once).start().finish()
+    return 1 if any(row["error"] for row in rows) else 0
 
 
-def _write(case: Case, rows: list[dict[str, Any]], path: Path) -> None:
-    shown = []
-    for row in rows:
-        line = {"gpus": row["gpus"], "contender": row["contender"], "error": row.get("error", "")}
-        if "seconds" in row:
-            line |= {
-                "tokens_per_s": round(tokens_per_second(case, row)),
-                "step_s": round(statistics.median(row["seconds"][WARMUP:]), 4),
-                "allocated_gib": round(row["allocated_gib"], 2),
-                "reserved_gib": round(row["reserved_gib"], 2),
-                "losses": " ".join(f"{loss:.5f}" for loss in row["losses"]),
-                "seconds": " ".join(f"{s:.3f}" for s in row["seconds"]),
-                "total_s": round(row["total_s"], 1),
-            }
-        shown.append(line)
+def _line(row: dict[str, Any]) -> str:
+    what = f"{row['gpus']} GPU(s), {row['contender']:28s}"
+    if row["error"]:
+        return f"{what} FAILED: {row['error'][:300]}"
+    return (f"{what} {row['tokens_per_s']:7,d} tokens/s  step {row['step_s']:.3f} s  {row['allocated_gib']:5.2f} GiB "
+            f"allocated, {row['reserved_gib']:5.2f} reserved")  # fmt: skip
+
+
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for line in shown for key in line)), lineterminator="\n")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(shown)
-    for line in shown[-1:]:
-        print(line, flush=True)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

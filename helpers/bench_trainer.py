@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def ours(case: Case, stock: bool, folder: str) -> dict[str, Any]:
     }
 
 
-def unsloth(case: Case, folder: str) -> dict[str, Any]:
+def unsloth(case: Case, folder: str, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Unsloth's own loading, LoRA and checkpointing under the same SFTConfig. AGPL: run, not copied."""
     import unsloth  # noqa: F401, I001  before everything that it patches
     import torch
@@ -102,7 +103,7 @@ def unsloth(case: Case, folder: str) -> dict[str, Any]:
             padding_free=case.packing, learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=1, logging_steps=1,
             optim=case.optimizer, bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
         ),
-        callbacks=[log],
+        callbacks=[log, *callbacks],
     )  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
     trainer.train()

@@ -1,24 +1,25 @@
-"""Processes, one a GPU: joining them, starting them from a notebook, and naming the one that failed in one line."""
+"""Processes, one a GPU: joining them, starting them from a notebook or a bench, and naming the one that failed."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 RAISED = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*|error: .*)")  # the last line of a traceback
+LIMIT_S = 3600.0  # of a job that is given no other
+GRACE_S = 2.0  # for the other ranks to end by themselves after one has failed, and then again after SIGTERM
 
 
 def start_ranks(device: str = "cuda") -> torch.device:
@@ -48,7 +49,7 @@ def start_ranks(device: str = "cuda") -> torch.device:
 
 
 def stop_ranks() -> None:
-    """Leave the process group once the work is done; after an error torchrun ends the other ranks instead."""
+    """Leave the process group once the work is done; after an error the launcher ends the other ranks instead."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -58,56 +59,150 @@ def main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike) -> None:
+@dataclass
+class Job:
+    """``python3 arguments...`` once a rank, as ``torchrun`` would start it, or (``ranks=0``) alone and in no group.
+
+    ``name``: of its folder under ``log_dir``, where each rank's output is kept. ``limit_s``: seconds until it is
+    stopped. ``environment``: added to this process's. Its processes end with it, whichever way it ends.
+    """
+
+    name: str
+    arguments: list[str]
+    log_dir: Path
+    ranks: int = 0
+    limit_s: float = LIMIT_S
+    environment: Mapping[str, str] = field(default_factory=dict)
+    processes: list[subprocess.Popen] = field(default_factory=list, init=False)
+    failure: str | None = field(default=None, init=False)  # one line; "" once it ended well
+    _shown: int = field(default=0, init=False)
+
+    def start(self) -> Job:
+        folder = Path(self.log_dir) / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        count = max(self.ranks, 1)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+        common = threads | os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self.environment)
+        if self.ranks:
+            common |= {"WORLD_SIZE": f"{count}", "LOCAL_WORLD_SIZE": f"{count}", "TORCHELASTIC_RUN_ID": "none",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}  # fmt: skip
+        self._until = time.monotonic() + self.limit_s
+        for rank in range(count):
+            mine = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if self.ranks else {}
+            with open(folder / f"{rank}.out", "wb") as out, open(folder / f"{rank}.err", "wb") as err:
+                command = [sys.executable, *self.arguments]
+                self.processes.append(
+                    subprocess.Popen(command, env=common | mine, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+                )
+        return self
+
+    def ended(self) -> bool:
+        """Whether it is over; ends the other ranks where one has failed, and all of them where time is up."""
+        if self.failure is not None:
+            return True
+        codes = [process.poll() for process in self.processes]
+        if any(codes):
+            at = time.monotonic()
+            order = [rank for rank, code in enumerate(codes) if code]
+            while time.monotonic() < at + GRACE_S and any(process.poll() is None for process in self.processes):
+                time.sleep(0.05)
+                order += [r for r, p in enumerate(self.processes) if p.poll() and r not in order]
+            self._end()
+            self.failure = self._first_failure(order)
+        elif all(code == 0 for code in codes):
+            self.failure = ""
+        elif time.monotonic() > self._until:
+            self._end()
+            self.failure = f"was not done after {self.limit_s:.0f} s (logs in {self.log_dir})"
+        return self.failure is not None
+
+    def stop(self, why: str) -> None:
+        """End it now, for a reason that becomes its failure."""
+        if not self.ended():
+            self._end()
+            self.failure = why
+
+    def show(self) -> None:
+        """Print what rank 0 has said since the last call."""
+        with open(Path(self.log_dir) / self.name / "0.out", encoding="utf-8", errors="replace") as file:
+            file.seek(self._shown)
+            print(file.read(), end="", flush=True)
+            self._shown = file.tell()
+
+    def _end(self) -> None:
+        running = [process for process in self.processes if process.poll() is None]
+        for process in running:
+            process.terminate()
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until and any(process.poll() is None for process in running):
+            time.sleep(0.05)
+        for process in running:  # a rank in a collective that never ends does not answer
+            process.kill()
+            process.wait()
+
+    def _first_failure(self, order: list[int]) -> str:
+        """One line on the rank that failed of its own accord; ``order``: those that ended before we ended any."""
+
+        def last_words(rank: int) -> str:
+            text = (Path(self.log_dir) / self.name / f"{rank}.err").read_text(encoding="utf-8", errors="replace")
+            raised = [found[1] for line in text.splitlines() if (found := RAISED.match(line))]
+            return raised[-1] if raised else ""
+
+        def lost_a_peer(rank: int) -> bool:
+            killed = self.processes[rank].returncode == -signal.SIGKILL
+            return not killed and any(word in last_words(rank) for word in ("peer", "DistBackendError"))
+
+        rank = min(order, key=lambda rank: (lost_a_peer(rank), order.index(rank)))
+        code = self.processes[rank].returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        why = f": {words}" if (words := last_words(rank)) else ""
+        who = f"rank {rank} {how}{why} (logs in {self.log_dir})"
+        return f"{who}; the other ranks were stopped, --resume goes on from a checkpoint" if self.ranks > 1 else who
+
+
+def run_jobs(jobs: Iterable[Job], at_once: int = 1, shown: Job | None = None) -> dict[str, str]:
+    """Run jobs in order, ``at_once`` of them side by side; what failed in one line by name, "" for the rest.
+
+    Args:
+        shown: the one whose rank 0 is printed as it comes.
+    """
+    waiting, running, done = list(jobs), [], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(0).start())
+            time.sleep(0.1)
+            if shown in running:
+                shown.show()
+            for job in [job for job in running if job.ended()]:
+                running.remove(job)
+                done[job.name] = job.failure
+                if job is shown:
+                    job.show()
+    finally:
+        for job in running:
+            job.stop("was interrupted")
+    return done
+
+
+def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike, limit_s: float = LIMIT_S) -> None:
     """Run ``python3 arguments...`` once a rank, as ``torchrun --nproc_per_node=ranks`` would, for notebooks.
 
-    Rank 0's output is shown as it comes; everything each rank says is kept under ``log_dir``.
+    Rank 0's output is shown as it comes; what each rank says is kept under ``log_dir``.
 
     Raises:
-        RuntimeError: a rank failed; the rest were stopped. One message names it, how it ended and its last words.
+        RuntimeError: a rank failed, or ``limit_s`` seconds passed; the rest were stopped. One message names it, how it
+            ended and its last words.
     """
-    log_dir = Path(log_dir)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    logs = DefaultLogsSpecs(str(log_dir), redirects=Std.ALL, tee={0: Std.OUT})
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=0, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", run_id="none", logs_specs=logs, log_line_prefix_template=" ",
-    )  # fmt: skip
-    quiet = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    level = quiet.level
-    quiet.setLevel(logging.CRITICAL)  # it would tell the same failure again, at length
-    try:
-        elastic_launch(config, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        raise RuntimeError(_first_failure(error.failures, log_dir)) from None
-    finally:
-        quiet.setLevel(level)
+    job = Job("ranks", arguments, Path(log_dir), ranks, limit_s)
+    if failure := run_jobs([job], shown=job)[job.name]:
+        raise RuntimeError(failure)
 
 
-def _first_failure(failures: dict[int, Any], log_dir: Path) -> str:
-    """One line on the rank that failed of its own accord; those it took along only lost it or were stopped."""
-
-    def last_words(rank: int) -> str:
-        written = max(log_dir.glob(f"*/attempt_0/{rank}/stderr.log"), key=os.path.getmtime, default=None)
-        lines = written.read_text(errors="replace").splitlines() if written else []
-        raised = [found[1] for line in lines if (found := RAISED.match(line))]
-        return raised[-1] if raised else ""
-
-    def order(rank: int) -> tuple:
-        stopped = failures[rank].exitcode == -signal.SIGTERM  # by torchrun's agent, after the first failure
-        lost_peer = failures[rank].exitcode != -signal.SIGKILL and any(
-            w in last_words(rank) for w in ("peer", "DistBackendError")
-        )
-        return stopped, lost_peer, failures[rank].timestamp
-
-    rank = min(failures, key=order)
-    code = failures[rank].exitcode
-    how = f"was killed by {failures[rank].signal_name()}" if code < 0 else f"ended with code {code}"
-    why = f": {words}" if (words := last_words(rank)) else ""
-    return (
-        f"rank {rank} {how}{why} (logs in {log_dir}); the other ranks were stopped, --resume goes on from a checkpoint"
-    )
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
