@@ -335,6 +335,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 @torch.compiler.assume_constant_result
 def device_capability(device_index: int) -> tuple[int, int]:
+    """``torch.cuda.get_device_capability``, a constant to Dynamo."""
     return torch.cuda.get_device_capability(device_index)
 
 

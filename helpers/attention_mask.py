@@ -84,6 +84,7 @@ class AttentionMask:
             self.documents = self.padding = None
 
     def offset(self, q_len: int, kv_len: int) -> int | Tensor:
+        """Position of the first query among the keys, the last of which the queries are without a ``q_offset``."""
         return kv_len - q_len if self.q_offset is None else self.q_offset
 
     @property

@@ -61,6 +61,7 @@ class Question:
 
     @property
     def names(self) -> set[str]:
+        """Of the functions that the question offers."""
         return {function["name"] for function in self.functions}
 
 

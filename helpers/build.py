@@ -65,6 +65,7 @@ def badges(stem: str) -> str:
 
 
 def write_notebook(notebook: NotebookNode, path: Path) -> None:
+    """Write a notebook whole or not at all, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, nbformat.writes(notebook, version=4) + "\n")
 

@@ -33,6 +33,7 @@ def differences(executed: NotebookNode, source: NotebookNode) -> Iterator[str]:
 
 
 def never_executed(notebook: NotebookNode) -> bool:
+    """Whether no code cell has run: no execution count and no output anywhere."""
     return not any(cell.execution_count or cell.outputs for cell in notebook.cells if cell.cell_type == "code")
 
 

@@ -51,14 +51,17 @@ class CompileCounter:
 
     @property
     def compiles(self) -> int:
+        """Graphs compiled."""
         return self._now()[0]
 
     @property
     def graph_breaks(self) -> int:
+        """Breaks, each as often as it occurred."""
         return sum(self._now()[1].values())
 
     @property
     def recompiles(self) -> int:
+        """Compiles of a function that had been compiled before and whose guards failed."""
         return sum(bool(row["recompiled_because"]) for row in self.rows)
 
     @property

@@ -33,6 +33,7 @@ class Output:
 
     @property
     def columns(self) -> int:
+        """Differentiable numbers that this output has for a row."""
         return self.shape.numel() if self.per_row and self.differentiable else 0
 
 
@@ -76,6 +77,7 @@ class Plan:
         return sum(output.columns for output in self.form.outputs)
 
     def chunks(self, parameters: Sequence[Tensor] = (), cut: bool = False) -> Chunks:
+        """What walks over the rows a chunk at a time, with ``parameters`` standing in for the trained ones."""
         return Chunks(
             self.function, self.linear, list(zip(self.trained, parameters, strict=False)), self.frozen,
             sum_dtype=self.sum_dtype, autocast=self.autocast, cast=self.form.only_called, cut=cut and self.form.cut,
@@ -150,6 +152,7 @@ class Outputs:
         ]  # fmt: skip
 
     def add(self, outputs: Sequence[Tensor], start: int, stop: int) -> None:
+        """Take in what f gave for rows ``start`` to ``stop``."""
         weight = stop - start if self.plan.weigh else 1
         for value, output in zip(self.values, outputs, strict=True):
             if value.ndim:
@@ -159,6 +162,7 @@ class Outputs:
                 weight = 1  # the others are metrics, sums as they are
 
     def finished(self) -> list[Tensor]:
+        """The outputs for all rows, a total divided by its denominator."""
         if self.plan.denominator is not None:
             self.values[0] = self.values[0] / self.plan.denominator
         return self.values
@@ -186,6 +190,7 @@ def _gathered(parameter: DTensor, device: torch.device) -> Tensor:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
+    """States of the CPU's random generator and of ``device``'s, for `random_state_of`."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 

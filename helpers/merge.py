@@ -17,6 +17,8 @@ import torch
 
 @dataclass
 class MergeArguments:
+    """Command line of ``python3 -m helpers.merge``."""
+
     adapter: str = field(metadata={"help": "folder that training saved the adapter in"})
     output_dir: str = field(metadata={"help": "new folder for the merged model and its tokenizer"})
     dtype: str = field(default="float16", metadata={"help": "float16, bfloat16 or float32"})

@@ -54,6 +54,7 @@ def ceiling_kernel(packed_ptr, absmax_ptr, out_ptr, STEP: tl.constexpr, STEPS: t
 
 @triton.jit
 def null_kernel(x_ptr):
+    """Does nothing worth timing but its launch."""
     tl.load(x_ptr)
 
 
@@ -89,6 +90,7 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def plain(weight: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
+    """`plain_kernel` as a decoder."""
     out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
     plain_kernel[(triton.cdiv(out.numel(), 8192),)](
         weight, state.absmax, state.state2.code, state.state2.absmax, state.offset, _table(weight.device), out,
@@ -98,6 +100,7 @@ def plain(weight: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
 
 
 def ceiling(step: int, steps: int, num_warps: int) -> Decoder:
+    """`ceiling_kernel` with these constants, called as a decoder is."""
     def copy(weight, state):
         out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
         ceiling_kernel[(out.numel() // (8 * step * steps),)](

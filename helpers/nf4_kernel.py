@@ -267,4 +267,5 @@ def launch_options(
 
 
 def launch_grid(n: int, options: dict) -> tuple[int, int, int]:
+    """Programs for ``n`` elements under `launch_options`."""
     return triton.cdiv(n, options["GROUPS"] * options["GROUP"]), 1, 1

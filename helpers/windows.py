@@ -184,6 +184,7 @@ class WheelSet:
 
     @classmethod
     def load(cls, path: Path) -> WheelSet:
+        """The set as `save` recorded it."""
         document = json.loads(path.read_text(encoding="utf-8"))
         binaries = {name: Binary(b["imports"], set(b["exports"])) for name, b in document["binaries"].items()}
         return cls(
