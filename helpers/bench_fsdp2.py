@@ -27,7 +27,7 @@ from typing import Any
 
 from . import bench_trainer
 from .memory import GIB
-from .ranks import Job
+from .ranks import Job, places
 
 WARMUP = 2  # steps that compile and fill the allocator
 CONTEXT_GIB = 1.0  # of a process beside what is capped: CUDA's context, NCCL's buffers
@@ -85,9 +85,9 @@ def unsloth(case: Case, folder: Path, limit_s: float, callbacks: list) -> None:
 
 
 def _wait_for(path: Path, limit_s: float, what: str) -> None:
-    until = time.monotonic() + limit_s
+    until, parent = time.monotonic() + limit_s, os.getppid()
     while not path.exists():
-        if time.monotonic() > until:
+        if time.monotonic() > until or os.getppid() != parent:  # the bench itself may have been killed
             raise TimeoutError(f"{what} did not come within {limit_s:.0f} s")
         time.sleep(0.02)
 
@@ -190,7 +190,7 @@ class Bench:
             gpus, _, name = run.partition(":")
             if not gpus.isdigit() or name not in CONTENDERS:
                 raise ValueError(f"run {run!r} is not GPUS:CONTENDER, with a contender of {', '.join(CONTENDERS)}")
-        self.at_once = at_once or places(case.cap_gib)
+        self.at_once = at_once or places(case.cap_gib + CONTEXT_GIB, cores=6)
         self.all_s = limit_s * (1 + len(self.waiting))  # more than anything waits for
         self.running: dict[str, tuple[Job, Path, float]] = {}  # with the folder it writes to, and when it is late
         self.saving: Job | None = None
@@ -276,14 +276,6 @@ class Bench:
         self.rows.append(row)
         _write_csv(self.rows, self.out / "fsdp2_bench.csv")
         print(_line(row), flush=True)
-
-
-def places(cap_gib: float) -> int:
-    """How many contenders of ``cap_gib`` GiB a GPU the smallest GPU here holds side by side, and processors feed."""
-    import torch
-
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
-    return max(1, min(int(smallest / (cap_gib + CONTEXT_GIB)), (os.cpu_count() or 1) // 6))
 
 
 def _row(case: Case, gpus: int, found: list[dict[str, Any]]) -> dict[str, Any]:

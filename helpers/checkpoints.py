@@ -53,6 +53,7 @@ SHAPES: dict[str, dict] = {
 }  # fmt: skip
 SHAPES["tiny-untied"] = SHAPES["tiny"] | {"tie_word_embeddings": False}
 SHAPES["tiny-deep"] = SHAPES["tiny"] | {"num_hidden_layers": 4}
+SHAPES["llama-3.2-1b-4-layers"] = SHAPES["llama-3.2-1b"] | {"num_hidden_layers": 4}
 
 
 @dataclass

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from . import checkpoints, fsdp2
+from . import checkpoints, fsdp2, t4
 from .compile_counter import CompileCounter
 from .nf4_tensor import NF4Linear, unpack
+from .results import write_atomically
 from .train import TrainArguments, train
 
 # What is switched, as flags of helpers.train; the first run is what the others must equal.
+FIRST = "sharded, resharded after forward, prefetch 1, checkpointing"
 FEATURES: dict[str, dict[str, Any]] = {
-    "sharded, resharded after forward, prefetch 1, checkpointing": {"save_steps": 2},
+    FIRST: {"save_steps": 2},
     "weights kept gathered after forward": {"fsdp2_options": "keep-gathered"},
     "prefetch 2": {"fsdp2_options": "prefetch=2"},
     "no checkpointing": {"checkpointing": False},
@@ -39,7 +42,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "8-bit Adam on shards": {"optimizer": "adamw_8bit"},
     "each block compiled whole": {"compile": True},
 }
-BLOCK_BYTES = 16384 // 2 + 256 + 4  # of one double-quantisation block: packed weights and both levels of scales
 RESUMED = "resumed from a sharded checkpoint"
 
 
@@ -104,8 +106,18 @@ def loaded_bytes(model: nn.Module) -> dict[str, int]:
 def run(
     name: str, flags: dict[str, Any], arguments: dict[str, Any], folder: Path, loaded: dict[str, int]
 ) -> dict[str, Any]:
-    """One row of the table, the same on every rank but for the losses, which the first rank has."""
+    """One row of the table, the same on every rank but for the losses, which the first rank has; or its ``error``."""
     torch._dynamo.reset()
+    try:
+        return _measured(name, flags, arguments, folder, loaded)
+    except Exception as error:  # its line says so, and the next is run
+        traceback.print_exc()
+        return {"feature": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+def _measured(
+    name: str, flags: dict[str, Any], arguments: dict[str, Any], folder: Path, loaded: dict[str, int]
+) -> dict[str, Any]:
     shares = Shares()
     settings = TrainArguments(output_dir=str(folder), fsdp2=True, prompt="", **arguments | flags)
     with CompileCounter() as counter:
@@ -114,7 +126,7 @@ def run(
     dist.all_gather_object(everyone, shares.held)
     most = {weight: max(held[weight] for held in everyone) for weight in shares.held}
     return {
-        "feature": name, "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows],
+        "feature": name, "error": "", "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows],
         "beyond_share_bytes": max(most[weight] - loaded[weight] / len(everyone) for weight in most),
         "frozen_gib": sum(most.values()) / 1024**3, "frozen_gib_loaded": sum(loaded.values()) / 1024**3,
         "parameters_on": "+".join(shares.devices), "allocated_gib": result.peak_allocated_gib,
@@ -131,40 +143,57 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", default="auto", help="that all compute in but one, which shows another")
     parser.add_argument("--out", type=Path, required=True, help="folder of fsdp2_features.json and of the runs")
     args = parser.parse_args(argv)
     try:
-        fsdp2.start_ranks("cuda" if torch.cuda.is_available() else "cpu")
+        with t4.rehearsal_if_asked():
+            return show(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def show(args: argparse.Namespace) -> int:
+    """Gather the weights once, run every feature, and write the table down after each."""
+    fsdp2.start_ranks("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = checkpoints.default_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     arguments = {
         "model": args.model, "dataset": args.dataset, "steps": args.steps, "max_length": args.max_length,
-        "accumulation": args.accumulation, "lora_rank": args.lora_rank, "dtype": args.dtype, "batch_size": 1,
+        "accumulation": args.accumulation, "lora_rank": args.lora_rank, "learning_rate": args.learning_rate,
+        "dtype": str(dtype).removeprefix("torch."), "batch_size": 1,
     }  # fmt: skip
-    dtype = checkpoints.default_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    other = "bfloat16" if dtype == torch.float32 else "float32"
+    features = FEATURES | {f"computed in {other} instead": {"dtype": other}}
     rows, first = [], args.out / "run 0"
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # a table says it all
         torch.manual_seed(3407)
         model = checkpoints.attach_lora(checkpoints.load_base(args.model, dtype).model, args.lora_rank)
         loaded = loaded_bytes(model)
-        differences = changed_bytes(model, fsdp2.FSDP2Config()).values()
+        config = fsdp2.FSDP2Config(param_dtype=None if dtype == torch.float32 else dtype)
+        differences = changed_bytes(model, config).values()
         gathered = {"changed": sum(d for d, _ in differences), "compared": sum(n for _, n in differences)}
         del model
-        for i, (name, flags) in enumerate(FEATURES.items()):
+        for i, (name, flags) in enumerate(features.items()):
             rows.append(run(name, flags, arguments, args.out / f"run {i}", loaded))
+            _write(gathered, rows, args.out)
         last = first / f"checkpoint-{args.steps}"
         if fsdp2.main_process() and last.exists():
             last.rename(first / "later")  # so that the run goes on from the checkpoint before
         dist.barrier()
         rows.append(run(RESUMED, {"save_steps": 2, "resume": True}, arguments, first, loaded))
+        _write(gathered, rows, args.out)
     if fsdp2.main_process():
-        document = {"ranks": dist.get_world_size(), "gathered": gathered, "features": rows}
-        (args.out / "fsdp2_features.json").write_text(json.dumps(document), encoding="utf-8")
         print(f"{gathered['changed']} of {gathered['compared']:,} gathered bytes changed; {len(rows)} runs done")
     fsdp2.stop_ranks()
     return 0
+
+
+def _write(gathered: dict[str, int], rows: list[dict[str, Any]], folder: Path) -> None:
+    if fsdp2.main_process():
+        document = {"ranks": dist.get_world_size(), "gathered": gathered, "features": rows}
+        write_atomically(folder / "fsdp2_features.json", json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,11 @@ class Job:
             self._end()
             self.failure = why
 
+    def said(self) -> str:
+        """What rank 0 has printed so far, errors last."""
+        folder = Path(self.log_dir) / self.name
+        return "".join((folder / f"0.{end}").read_text(encoding="utf-8", errors="replace") for end in ("out", "err"))
+
     def show(self) -> None:
         """Print what rank 0 has said since the last call."""
         with open(Path(self.log_dir) / self.name / "0.out", encoding="utf-8", errors="replace") as file:
@@ -183,6 +188,21 @@ def run_jobs(jobs: Iterable[Job], at_once: int = 1, shown: Job | None = None) ->
         for job in running:
             job.stop("was interrupted")
     return done
+
+
+def wait_for(*jobs: Job | None) -> None:
+    """Wait until jobs that were started have ended, well or not; None is no job."""
+    for job in filter(None, jobs):
+        while not job.ended():
+            time.sleep(0.1)
+
+
+def places(gib: float, cores: int = 3) -> int:
+    """How many jobs that take ``gib`` GiB of each GPU and ``cores`` processors fit side by side; 1 without a GPU."""
+    if not torch.cuda.is_available():
+        return 1
+    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return max(1, min(int(smallest / 1024**3 / gib), (os.cpu_count() or 1) // cores))
 
 
 def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike, limit_s: float = LIMIT_S) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
-from . import checkpoints, fsdp2, host
+from . import checkpoints, fsdp2, host, t4
 from .memory import peak_gib
 from .train import nf4_decoder
 
@@ -148,23 +148,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--out", help="a .json file for losses, seconds and peak GiB of the first rank")
     args = parser.parse_args(argv)
-    sharded = "RANK" in os.environ
     try:
-        gpu = torch.cuda.is_available()
-        device = fsdp2.start_ranks("cuda" if gpu else "cpu") if sharded else torch.device("cuda" if gpu else "cpu")
-        host.quiet()
-        torch.manual_seed(3407)
-        base = checkpoints.load_base(args.model)
-        model = checkpoints.attach_lora(base.model, args.lora_rank)
-        draw = torch.Generator().manual_seed(3407)
-        shape = (args.micro_batches, args.length)
-        batches = [torch.randint(3, base.model.config.vocab_size, shape, generator=draw) for _ in range(args.steps)]
-        autocast = torch.autocast(device.type, base.model.dtype, enabled=base.model.dtype != torch.float32)
-        with autocast, nf4_decoder(model, "triton" if gpu else "bitsandbytes"):
-            result = train(model, batches, args.micro_batches, 2e-4, device)
+        with t4.rehearsal_if_asked():
+            return run(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as one rank of those that were started, or alone; the first rank prints and writes what came out."""
+    sharded, gpu = "RANK" in os.environ, torch.cuda.is_available()
+    device = fsdp2.start_ranks("cuda" if gpu else "cpu") if sharded else torch.device("cuda" if gpu else "cpu")
+    host.quiet()
+    torch.manual_seed(3407)
+    base = checkpoints.load_base(args.model)
+    model = checkpoints.attach_lora(base.model, args.lora_rank)
+    draw = torch.Generator().manual_seed(3407)
+    shape = (args.micro_batches, args.length)
+    batches = [torch.randint(3, base.model.config.vocab_size, shape, generator=draw) for _ in range(args.steps)]
+    autocast = torch.autocast(device.type, base.model.dtype, enabled=base.model.dtype != torch.float32)
+    with autocast, nf4_decoder(model, "triton" if gpu else "bitsandbytes"):
+        result = train(model, batches, args.micro_batches, 2e-4, device)
     if fsdp2.main_process():
         for step, (loss, seconds) in enumerate(zip(result["losses"], result["seconds"], strict=True), 1):
             print(f"step: {step:3d}  loss: {loss:8.5f}  step_s: {seconds:.3f}", flush=True)

@@ -1,4 +1,4 @@
-"""The FSDP2 bench's turns, with stand-ins for the contenders: nobody is timed before all are warm, nor beside another."""
+"""The FSDP2 bench's turns, with stand-ins as contenders: none is timed before all are warm, nor beside another."""
 
 from __future__ import annotations
 
