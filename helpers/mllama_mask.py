@@ -29,14 +29,20 @@ def isolated_text_rows(model: torch.nn.Module) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no Mllama cross-attention layer; it needs no isolated_text_rows")
     sees_image: dict[torch.nn.Module, torch.Tensor | None] = {}  # cross attention -> [batch, 1, tokens, 1]
 
-    def remember(layer, args, kwargs):
-        sees_image[layer.cross_attn] = kwargs.get("full_text_row_masked_out_mask")
+    # As an argument of the call, the mask is at hand again when checkpointing calls the layer's forward a second time.
+    def hand_on(layer, args, kwargs):
+        return args, kwargs | {"sees_image": kwargs.get("full_text_row_masked_out_mask")}
+
+    def take(cross_attention, args, kwargs):
+        sees_image[cross_attention] = kwargs["sees_image"]
+        return args, {name: value for name, value in kwargs.items() if name != "sees_image"}
 
     def mask(cross_attention, args, output):
         seen = sees_image.pop(cross_attention)
         return output if seen is None else (output[0] * seen[:, 0].to(output[0].dtype), *output[1:])
 
-    hooks = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(hand_on, with_kwargs=True) for layer in layers]
+    hooks += [layer.cross_attn.register_forward_pre_hook(take, with_kwargs=True) for layer in layers]
     hooks += [layer.cross_attn.register_forward_hook(mask) for layer in layers]
     try:
         yield
