@@ -232,7 +232,7 @@ for dtype, _ in pairs:
     counter = counters[dtype, "compiled"]
     worst = max(row["relative_difference"] for row in rows if row["dtype"] == dtype)
     apart = max(abs(a - b) / abs(a) for a, b in zip(evaluations[dtype, "eager"], evaluations[dtype, "compiled"], strict=True))
-    results.criterion(f"C.loss.{dtype}", f"{dtype}: loss equals eager's at each of {STEPS} steps, worst relative difference", worst, "<= 1e-3")
+    results.criterion(f"C.loss.{dtype}", f"{dtype}, {runs[dtype, 'eager'].label}: loss equals eager's at each of {STEPS} steps, worst relative difference", worst, "<= 1e-3")
     results.criterion(f"C.evaluation.{dtype}", f"{dtype}: the same of the evaluations between", apart, "<= 1e-3")
     results.criterion(f"C.breaks.{dtype}", f"{dtype}: graph breaks", counter.graph_breaks, "== 0")
     results.criterion(f"C.compiles.{dtype}", f"{dtype}: compiles, first step to last, evaluation included (allowed: 30)", counter.compiles, "<= 6")
