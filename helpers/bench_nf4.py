@@ -13,6 +13,7 @@ import csv
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import math
 import statistics
 import time
@@ -159,6 +160,22 @@ def decode_grid(rows: Rows, rounds: int) -> None:
             for name, value in times.items():
                 rows.add("decode, GPU time", f"{shape[0]}x{shape[1]}", dtype, name, value, "us")
                 rows.add("decode, bandwidth", f"{shape[0]}x{shape[1]}", dtype, name, bytes_ / value / 1e3, "GB/s")
+
+
+def torch_ao(rows: Rows, rounds: int) -> None:
+    """torch AO's NF4 tensor beside ours at one size, where it is installed. Its format is its own (int8 scales of another
+    formula), made here from the same weights, and its decoder is PyTorch's operators, which it asks to have compiled."""
+    if not importlib.util.find_spec("torchao"):
+        return
+    from torchao.quantization import NF4Tensor
+
+    shape, dtype = SHAPES[2], torch.bfloat16
+    weight, state = random_weight(*shape, dtype)
+    theirs = NF4Tensor.from_tensor(dequantize_nf4(weight, state), 64, 256)
+    decode = torch.compile(lambda tensor: tensor.get_original_weight())
+    contenders = {"ours": lambda: dequantize_nf4(weight, state), "torch AO": lambda: decode(theirs)}
+    for name, value in gpu_times(contenders, [()] * 3, rounds).items():
+        rows.add("decode beside torch AO's format", f"{shape[0]}x{shape[1]}", dtype, name, value, "us")
 
 
 class MLP(torch.nn.Module):
@@ -325,6 +342,7 @@ def main() -> None:
         lambda: peak_memory(rows),
         lambda: linear_layers(rows, args.rounds),
         lambda: compiled_mlp(rows, args.rounds),
+        lambda: torch_ao(rows, args.rounds),
     ):
         seen, start = len(rows.rows), time.time()
         part()
