@@ -10,8 +10,11 @@ import sys
 
 from . import environment
 
+SPREAD = ["-n", "auto", "--dist", "worksteal"]  # a whole suite: a process a core, as tests/conftest.py says
+
 
 def parser() -> argparse.ArgumentParser:
+    """The command line; `build` and `windows` parse theirs again."""
     top = argparse.ArgumentParser(prog="python3 -m helpers", description="Five QLoRA notebooks over one package.")
     commands = top.add_subparsers(dest="command", required=True, metavar="run | test | build | doctor | list | windows")
     run = commands.add_parser("run", help="execute notebooks with papermill into runs/<stamp>/")
@@ -19,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("--rehearse-t4", action="store_true", help="run a Tesla T4's code on the GPU at hand")
     test = commands.add_parser("test", help="pytest; further arguments go to it", add_help=False)
-    test.add_argument("--all", action="store_true", help="also what needs llama.cpp, built once and cached")
+    which = test.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="also what needs llama.cpp, built once and cached")
+    which.add_argument("--latest", action="store_true", help="the fast tests, with the newest transformers, TRL, PEFT")
     build = commands.add_parser("build", help="notebooks, Kaggle and Colab copies and README tables from their sources")
     build.add_argument("--check", action="store_true", help="change nothing; fail where a committed file is stale")
     build.add_argument("--promote", metavar="RUN", help="commit an executed run, as runs/<stamp>")
@@ -49,8 +54,16 @@ def main(argv: list[str] | None = None) -> int:
         return catalogue.main()
     python = environment.ready_python(development=args.command in ("test", "build"))
     if args.command == "test":
-        marks = ["-m", "gpu or llamacpp or not gpu"] if args.all else []
-        return _start([python, "-m", "pytest", *marks, *rest])
+        chosen = ["-m", "gpu or llamacpp or not gpu"] if args.all else []
+        if args.latest:
+            from . import latest
+
+            try:
+                python, chosen = latest.ready_python(python), latest.fast_tests()
+            except latest.NoIndexError as error:
+                print(f"SKIPPED  test --latest: {error}, so what is newest is not known")
+                return 0
+        return _start([python, "-m", "pytest", *chosen, *(rest or SPREAD)])
     module = {"run": "helpers.run", "build": "helpers.build", "windows": "helpers.windows"}[args.command]
     return _start([python, "-m", module, *arguments[1:]])
 

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-from . import __version__, catalogue, checks
+from . import __version__, catalogue, checks, readme
+from .catalogue import badges, copies, slug
 from .environment import ROOT, SetupError
-from .results import criteria_table, write_atomically
+from .results import write_atomically
 
 HOSTS = ("kaggle", "colab")
 REHEARSED = "_t4rehearsal"  # ends the names of a rehearsal's figures
@@ -33,12 +33,6 @@ HOST_METADATA: dict[str, dict[str, Any]] = {
     "kaggle": {"kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}},
     "colab": {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}},
 }
-
-
-def slug() -> str:
-    """``owner/name`` of the repository; it stands in pyproject.toml alone."""
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        return tomllib.load(file)["tool"]["qlora"]["slug"]
 
 
 def from_source(path: Path) -> NotebookNode:
@@ -53,30 +47,10 @@ def from_source(path: Path) -> NotebookNode:
     return notebook
 
 
-def badges(stem: str) -> str:
-    """Links that open a notebook in Kaggle and Colab."""
-    blob = f"https://github.com/{slug()}/blob/main"
-    kaggle = f"https://www.kaggle.com/notebooks/welcome?src={blob}/kaggle/{stem}/{stem}.ipynb&accelerator=nvidiaTeslaT4"
-    colab = f"https://colab.research.google.com/github/{slug()}/blob/main/colab/{stem}.ipynb"
-    return (
-        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle}) "
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
-    )
-
-
 def write_notebook(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook whole or not at all, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, nbformat.writes(notebook, version=4) + "\n")
-
-
-def copies(stem: str) -> dict[str, Path]:
-    """Where the committed copies of a notebook stand: native, kaggle, colab."""
-    return {
-        "native": ROOT / "notebooks" / f"{stem}.ipynb",
-        "kaggle": ROOT / "kaggle" / stem / f"{stem}.ipynb",
-        "colab": ROOT / "colab" / f"{stem}.ipynb",
-    }
 
 
 def kernel_metadata(stem: str) -> dict[str, Any]:
@@ -98,7 +72,7 @@ def for_host(notebook: NotebookNode, host: str) -> NotebookNode:
 
 
 def build() -> None:
-    """Write Kaggle and Colab copies where no executed ones stand, Kaggle's metadata, and README's tables."""
+    """Write Kaggle and Colab copies where no executed ones stand, Kaggle's metadata, and README's generated parts."""
     for item in catalogue.notebooks():
         source, places = from_source(item.path), copies(item.path.stem)
         for host in HOSTS:
@@ -106,21 +80,23 @@ def build() -> None:
                 write_notebook(for_host(source, host), places[host])
         metadata = json.dumps(kernel_metadata(item.path.stem), indent=1) + "\n"
         write_atomically(places["kaggle"].with_name("kernel-metadata.json"), metadata)
-    write_atomically(ROOT / "README.md", with_tables((ROOT / "README.md").read_text(encoding="utf-8")))
+    readme.write()
 
 
 def promote(run: Path) -> list[Path]:
     """Take the notebooks, figures and results of an executed run as the committed copies; all of them or none.
+
+    A folder that `helpers.bench_trainer` wrote gives README's headline figure its rows.
 
     Raises:
         SetupError: no executed notebook in ``run``, one whose cells differ from its source, or one unfit to commit.
     """
     stems = {item.path.stem: item for item in catalogue.notebooks()}
     executed = [path for path in sorted(run.glob("*.ipynb")) if path.stem in stems]
-    if not executed:
+    files = list(run.glob(readme.BENCH))
+    if not executed and not files:
         raise SetupError(f"{run} holds no executed notebook of {', '.join(stems)}")
     taken: dict[Path, NotebookNode] = {}
-    files: list[Path] = []
     for path in executed:
         item, notebook = stems[path.stem], _read(path)
         try:
@@ -188,48 +164,11 @@ def check() -> tuple[list[str], list[str]]:
             problems += [f"kaggle/{item.path.stem}: {problem}" for problem in wrong]
     lonely = [plot.name for plot in (ROOT / "figures").glob("*.png") if not plot.with_suffix(".csv").exists()]
     problems += [f"figures/{name}: the rows it is drawn from are not beside it" for name in sorted(lonely)]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if with_tables(readme) != readme:
-        problems.append("README.md: its tables differ from figures/*_results.json; run `python3 -m helpers build`")
-    return problems, notes
+    return problems + readme.problems(), notes
 
 
 def _read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
-
-
-def with_tables(readme: str) -> str:
-    """README with what stands between its ``<!-- results X -->`` marks made anew from the results files."""
-
-    def table(match: re.Match[str]) -> str:
-        return f"<!-- results {match[1]} -->\n{_results_table(match[1])}\n<!-- end -->"
-
-    return re.sub(r"<!-- results (\w+) -->\n.*?<!-- end -->", table, readme, flags=re.S)
-
-
-def _results_table(which: str) -> str:
-    if which != "overview":
-        results = catalogue.last_results(which)
-        if not results:
-            return "No run of this notebook is committed yet."
-        return f"On {_ran_on(results)}:\n\n{criteria_table(results['criteria'])}"
-    lines = ["| notebook | machine | minutes | peak GiB | PASS | FAIL | NOT RUN |", "|---|---|---|---|---|---|---|"]
-    for item in catalogue.notebooks():
-        for rehearsal in (False, True):
-            if results := catalogue.last_results(item.letter, rehearsal):
-                counts = [sum(row["status"] == status for row in results["criteria"])
-                          for status in ("PASS", "FAIL", "NOT RUN")]  # fmt: skip
-                link = copies(item.path.stem)["kaggle" if rehearsal else "native"].relative_to(ROOT).as_posix()
-                lines.append(
-                    f"| [{item.letter}. {item.title}]({link}) | {_ran_on(results)} | {results['minutes']:.1f} "
-                    f"| {results['peak_gib']:.1f} | " + " | ".join(map(str, counts)) + " |"
-                )
-    return "\n".join(lines)
-
-
-def _ran_on(results: dict[str, Any]) -> str:
-    where = results["environment"]
-    return f"{where['machine']}, torch {where['versions']['torch']}, {results['date']}"
 
 
 def set_slug(value: str) -> None:

@@ -1,10 +1,11 @@
-"""The notebooks that exist: their letters, titles, parameters and what their last committed runs took."""
+"""The notebooks that exist: letters, titles, parameters, where their copies stand, what their committed runs took."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,32 @@ def last_results(letter: str, rehearsal: bool = False) -> dict[str, Any] | None:
     """The committed results of a notebook's last promoted run."""
     path = ROOT / "figures" / f"{letter}_results{'_t4rehearsal' if rehearsal else ''}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def slug() -> str:
+    """``owner/name`` of the repository; it stands in pyproject.toml alone."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["tool"]["qlora"]["slug"]
+
+
+def copies(stem: str) -> dict[str, Path]:
+    """Where the committed copies of a notebook stand: native, kaggle, colab."""
+    return {
+        "native": ROOT / "notebooks" / f"{stem}.ipynb",
+        "kaggle": ROOT / "kaggle" / stem / f"{stem}.ipynb",
+        "colab": ROOT / "colab" / f"{stem}.ipynb",
+    }
+
+
+def badges(stem: str) -> str:
+    """Links that open a notebook in Kaggle and Colab."""
+    blob = f"https://github.com/{slug()}/blob/main"
+    kaggle = f"https://www.kaggle.com/notebooks/welcome?src={blob}/kaggle/{stem}/{stem}.ipynb&accelerator=nvidiaTeslaT4"
+    colab = f"https://colab.research.google.com/github/{slug()}/blob/main/colab/{stem}.ipynb"
+    return (
+        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle}) "
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
+    )
 
 
 def main() -> int:

@@ -115,9 +115,9 @@ def ready_python(development: bool = False) -> str:
     return python
 
 
-def venv_python() -> str:
-    """Path of the Python of ``.venv``, whether it is there or not."""
-    return str(ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+def venv_python(folder: str = ".venv") -> str:
+    """Path of the Python of a virtual environment of this repository, whether it is there or not."""
+    return str(ROOT / folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
 def missing_in_venv(development: bool = False) -> list[str] | None:
@@ -151,6 +151,11 @@ def _check_disk(folder: Path) -> None:
         raise SetupError(f"{free:.1f} GiB of disk are free at {folder}; {FREE_GIB_NEEDED} GiB are needed to set up")
 
 
+def is_network_error(stderr: str) -> bool:
+    """Whether what pip said tells that it could not reach the package index."""
+    return any(word in stderr for word in ("Connection", "resolve host", "Network", "timed out"))
+
+
 def _install(python: str, lines: list[str]) -> None:
     """Have pip install requirement ``lines`` into ``python``'s environment; nothing happens for none."""
     if not lines:
@@ -160,8 +165,8 @@ def _install(python: str, lines: list[str]) -> None:
     done = subprocess.run([*command, *lines], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines() or ["?"]
-        network = any(word in done.stderr for word in ("Connection", "resolve host", "Network", "timed out"))
-        hint = "is there a network?" if network else f"try it by hand: {python} -m pip install -r requirements.txt"
+        by_hand = f"try it by hand: {python} -m pip install -r requirements.txt"
+        hint = "is there a network?" if is_network_error(done.stderr) else by_hand
         raise SetupError(f"pip could not install the requirements: {errors[-1].strip()} ({hint})")
 
 

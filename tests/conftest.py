@@ -37,5 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process of one thread a core; on a GPU one in all, whose memory is then measured alone."""
+    if _gpu():
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return os.cpu_count() or 1
+
+
 def pytest_report_header() -> str:
     return "GPU: " + ("yes" if _gpu() else "none; gpu tests are deselected, kernels run in Triton's interpreter")

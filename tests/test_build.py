@@ -9,10 +9,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import build, catalogue, checks, run
+from helpers import build, catalogue, checks, readme, run
 from helpers.environment import SetupError
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("headline", "open", "overview", "not_passed")
 SOURCE = """# %% [markdown]
 # # Q. A small notebook
 #
@@ -45,10 +46,10 @@ def project(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     (folder / "notebooks").mkdir(parents=True)
     (folder / "notebooks" / "Q_small.py").write_text(SOURCE)
     (folder / "README.md").write_text(
-        "# Small\n\n<!-- results overview -->\n<!-- end -->\n\n<!-- results Q -->\n<!-- end -->\n"
+        "# Small\n" + "".join(f"\n<!-- results {part} -->\n<!-- end -->\n" for part in PARTS)
     )
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for module in (build, catalogue, run):
+    for module in (build, catalogue, readme, run):
         patch.setattr(module, "ROOT", folder)
     return folder
 
@@ -120,7 +121,9 @@ def test_a_run_is_taken_whole_and_passes_the_check(repository, executed):
     assert {p.name for p in (repository / "figures").iterdir()} == {
         "Q_results.json", "Q_results_t4rehearsal.json", "Q2_curve.csv", "Q2_curve_t4rehearsal.csv",
     }  # fmt: skip
-    assert "| Q.one | steps are at most two | 2 | <=\u00a02 | PASS |" in (repository / "README.md").read_text()
+    text = (repository / "README.md").read_text()
+    assert "| [Q. A small notebook](notebooks/Q_small.ipynb) | a box, torch 2.13, 2026-11-25 12:00 UTC | " in text
+    assert text.count(" | 1 | 0 | 0 |\n") == 2 and "colab.research.google.com/github/OWNER" in text
 
 
 @pytest.mark.parametrize("place", ["native", "kaggle"])
@@ -189,6 +192,38 @@ def test_tables_results_and_plots_that_do_not_belong_together_are_found(reposito
     assert [problem.partition(":")[0] for problem in problems] == [
         "notebooks/Q_small.ipynb", "figures/Q_lonely.png", "README.md",
     ]  # fmt: skip
+
+
+def test_what_failed_or_was_not_run_is_in_readme(repository, executed):
+    build.promote(executed[0])
+    path = repository / "figures" / "Q_results.json"
+    results = json.loads(path.read_text())
+    (row,) = results["criteria"]
+    left_out = [row | {"id": f"Q.{i}", "status": "NOT RUN", "reason": "needs a GPU"} for i in "ab"]
+    results["criteria"] = [row | {"status": "FAIL", "measured": 3}, *left_out]
+    path.write_text(json.dumps(results))
+    readme.write()
+    text = (repository / "README.md").read_text()
+    assert "| Q on a box | FAIL | Q.one | steps are at most two: 3 is not <= 2 |" in text
+    assert "| Q on a box | NOT RUN | Q.a, Q.b | needs a GPU |" in text
+
+
+def test_the_headline_figure_follows_its_rows(repository, tmp_path):
+    assert "bench" not in readme.with_parts((repository / "README.md").read_text())
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    header, machine = "case,contender,step_s,allocated_gib,machine,torch", "a GPU,2.13"
+    rows = ["1B,stock,2,9", "1B,unsloth,1,8", "1B,ours,0.5,7", "8B,ours,3.25,6.5"]
+    (bench / "trainer_bench.csv").write_text("\n".join([header, *(f"{row},{machine}" for row in rows)]))
+    build.promote(bench)
+    build.build()
+    assert build.check()[0] == []
+    text = (repository / "README.md").read_text()
+    assert "| 1B | 2.000 s, 9.00 GiB | 1.000 s, 8.00 GiB | 0.500 s, 7.00 GiB |" in text
+    assert "| 8B |  |  | 3.250 s, 6.50 GiB |" in text and "(figures/trainer_bench.png)" in text
+    kept = repository / "figures" / "trainer_bench.csv"
+    kept.write_text(kept.read_text().replace("0.5", "0.6"))
+    assert [problem.partition(":")[0] for problem in build.check()[0]] == ["README.md", "figures/trainer_bench.csv"]
 
 
 def test_a_new_slug_is_stamped_everywhere_without_a_new_run(repository, executed):

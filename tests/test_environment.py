@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import catalogue, environment
+from helpers import __main__, catalogue, environment, latest
 from helpers.environment import SetupError
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +125,67 @@ def test_why_an_install_failed_is_said(monkeypatch, stderr, said):
     monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(SetupError, match=re.escape(said)):
         environment._install("python3", ["x"])
+
+
+def test_the_newest_packages_lie_over_the_pinned_ones_and_leave_them_alone(monkeypatch, bare, capsys):
+    monkeypatch.setattr(latest, "ROOT", bare)
+    monkeypatch.setattr(latest, "_upgrade", lambda python, torch: asked.append(torch))
+    asked: list[str] = []
+    python = latest.ready_python(sys.executable)
+    assert python.startswith(str(bare / ".venv-latest")) and "transformers 5.17.0" in capsys.readouterr().out
+    own, pinned = (latest._facts(each) for each in (python, sys.executable))
+    assert own["of_own"] == {} and own["all"] == pinned["all"] and own["own"] != pinned["own"]
+    made = Path(own["own"]) / "made"
+    made.touch()
+    assert latest.ready_python(sys.executable) == python and made.exists()
+    monkeypatch.setattr(latest, "_facts", lambda each, real=latest._facts: real(each) | {"python": "another"})
+    assert latest.ready_python(sys.executable) == python and not made.exists()
+    assert asked == [f"torch=={pinned['all']['torch'].split('+')[0]}"] * 3
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "error", "said"),
+    [
+        (0, "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken", latest.NoIndexError, "reached"),
+        (1, "ERROR: NewConnectionError", latest.NoIndexError, "reached"),
+        (1, "x\nERROR: ResolutionImpossible: torch", SetupError, "do not install beside torch==2.13.0: ERROR: Resol"),
+    ],
+)
+def test_an_index_out_of_reach_is_told_from_packages_that_do_not_fit(monkeypatch, code, stderr, error, said):
+    done = subprocess.CompletedProcess([], code, stderr=stderr)
+    monkeypatch.setattr(latest.subprocess, "run", lambda *a, **k: done)
+    with pytest.raises(error, match=said) as failure:
+        latest._upgrade("python3", "torch==2.13.0")
+    assert type(failure.value) is error
+
+
+def test_latest_is_skipped_in_one_line_without_an_index(monkeypatch, capsys):
+    def no_index(base):
+        raise latest.NoIndexError("the package index cannot be reached")
+
+    monkeypatch.setattr(environment, "ready_python", lambda development: sys.executable)
+    monkeypatch.setattr(latest, "ready_python", no_index)
+    monkeypatch.setattr(__main__, "_start", lambda command: pytest.fail("started something"))
+    assert __main__.main(["test", "--latest"]) == 0
+    assert re.fullmatch(r"SKIPPED  test --latest: .* cannot be reached.*\n", capsys.readouterr().out)
+
+
+def test_a_whole_suite_is_spread_over_the_cores_and_a_chosen_test_is_not(monkeypatch):
+    started = []
+    monkeypatch.setattr(environment, "ready_python", lambda development: "python")
+    monkeypatch.setattr(latest, "ready_python", lambda base: "newest")
+    monkeypatch.setattr(__main__, "_start", started.append)
+    for arguments in (["test"], ["test", "tests/test_nf4.py"], ["test", "--latest"]):
+        __main__.main(arguments)
+    whole, one, newest = started
+    assert whole[:5] == ["python", "-m", "pytest", "-n", "auto"] and one[3:] == ["tests/test_nf4.py"]
+    assert newest[0] == "newest" and "tests/test_train.py" in newest and newest[-3:] == whole[-3:]
+
+
+def test_the_fast_tests_exist():
+    for argument in latest.fast_tests():
+        path, _, name = argument.removeprefix("--deselect=").partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8") if name else (ROOT / path).exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of a POSIX terminal")

@@ -1,0 +1,166 @@
+"""README's generated parts, which stand between ``<!-- results NAME -->`` and ``<!-- end -->``, and its figure.
+
+``headline``: step time and memory of stock, Unsloth and ours from ``figures/trainer_bench.csv``, nothing without it;
+``open``: links into Kaggle and Colab; ``overview``: a row a committed run; ``not_passed``: what failed or was not run,
+and why. Everything measured comes from the results files.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from . import catalogue
+from .environment import ROOT
+from .results import write_atomically
+
+BENCH = "trainer_bench.csv"  # as `python3 -m helpers.bench_trainer` writes it
+CONTENDERS = {"stock": "stock transformers + TRL", "unsloth": "Unsloth", "ours": "ours"}
+Rows = list[dict[str, str]]
+
+
+def write() -> None:
+    """Make README's generated parts and the headline figure anew."""
+    if (rows := bench_rows()) and drawn_from() != _digest():
+        draw(rows)
+    path = ROOT / "README.md"
+    write_atomically(path, with_parts(path.read_text(encoding="utf-8")))
+
+
+def problems() -> list[str]:
+    """What of README is not as the results files say."""
+    readme, found = (ROOT / "README.md").read_text(encoding="utf-8"), []
+    if with_parts(readme) != readme:
+        found.append("README.md: its tables differ from the results in figures/; run `python3 -m helpers build`")
+    if bench_rows() and drawn_from() != _digest():
+        found.append(f"figures/{BENCH}: its plot was drawn from other rows; run `python3 -m helpers build`")
+    return found
+
+
+def with_parts(readme: str) -> str:
+    """``readme`` with its generated parts made anew."""
+    makers = {"headline": _headline, "open": _open, "overview": _overview, "not_passed": _not_passed}
+
+    def part(match: re.Match[str]) -> str:
+        return f"<!-- results {match[1]} -->\n{makers[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- results (\w+) -->\n.*?<!-- end -->", part, readme, flags=re.S)
+
+
+def _results() -> list[tuple[catalogue.Notebook, dict[str, Any]]]:
+    found = [(item, catalogue.last_results(item.letter, again)) for item in catalogue.notebooks() for again in (0, 1)]
+    return [(item, results) for item, results in found if results]
+
+
+def _overview() -> str:
+    lines = ["| notebook | machine | minutes | peak GiB | PASS | FAIL | NOT RUN |", "|---|---|---|---|---|---|---|"]
+    for item, results in _results():
+        status = [row["status"] for row in results["criteria"]]
+        place = catalogue.copies(item.path.stem)["kaggle" if results["rehearsal"] else "native"]
+        where = results["environment"]
+        cells = [f"[{item.letter}. {item.title}]({place.relative_to(ROOT).as_posix()})",
+                 f"{where['machine']}, torch {where['versions']['torch']}, {results['date']}",
+                 f"{results['minutes']:.1f}", f"{results['peak_gib']:.1f}"]  # fmt: skip
+        lines.append(_row(*cells, *(status.count(kind) for kind in ("PASS", "FAIL", "NOT RUN"))))
+    return "\n".join(lines)
+
+
+def _not_passed() -> str:
+    lines = ["| notebook on | | criteria | why |", "|---|---|---|---|"]
+    for item, results in _results():
+        why: dict[tuple[str, str], list[str]] = {}
+        for row in results["criteria"]:
+            if row["status"] == "FAIL":
+                measured = f"{row['measured']} {row['unit']}".rstrip()
+                why["FAIL", f"{row['text']}: {measured}" + (row["bound"] and f" is not {row['bound']}")] = [row["id"]]
+            elif row["status"] == "NOT RUN":
+                why.setdefault((row["status"], row["reason"]), []).append(row["id"])
+        machine = f"{item.letter} on {results['environment']['machine']}"
+        lines += [_row(machine, status, ", ".join(ids), reason) for (status, reason), ids in why.items()]
+    return "\n".join(lines)
+
+
+def _open() -> str:
+    lines = ["| notebook | open it |", "|---|---|"]
+    lines += [_row(f"{item.letter}. {item.title}", catalogue.badges(item.path.stem)) for item in catalogue.notebooks()]
+    if catalogue.slug().startswith("OWNER/"):
+        lines += ["", "These links hold once `python3 -m helpers build --slug owner/name` has named the repository."]
+    return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def bench_rows() -> Rows:
+    """Rows of the committed trainer bench; none where there is none."""
+    path = ROOT / "figures" / BENCH
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _headline() -> str:
+    if not (rows := bench_rows()):
+        return ""
+    lines = [f"![Seconds and GiB of a training step](figures/{Path(BENCH).stem}.png)", "",
+             "| training step, random weights | " + " | ".join(CONTENDERS.values()) + " |",
+             "|---|" + "---|" * len(CONTENDERS)]  # fmt: skip
+    for case, by in _by_case(rows).items():
+        cells = [f"{float(by[name]['step_s']):.3f} s, {float(by[name]['allocated_gib']):.2f} GiB" if name in by else ""
+                 for name in CONTENDERS]  # fmt: skip
+        lines.append(_row(case, *cells))
+    return "\n".join([*lines, "", f"On {_machine(rows)}; medians of one run (`python3 -m helpers.bench_trainer`)."])
+
+
+def _by_case(rows: Rows) -> dict[str, dict[str, dict[str, str]]]:
+    cases: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["contender"]] = row
+    return cases
+
+
+def _machine(rows: Rows) -> str:
+    return f"{rows[0]['machine']}, torch {rows[0]['torch']}"
+
+
+def draw(rows: Rows) -> None:
+    """Draw step time and peak memory of each case beside the CSV; the picture notes which rows it is of."""
+    from matplotlib.figure import Figure
+
+    cases = _by_case(rows)
+    figure = Figure(figsize=(10, 1 + 0.7 * len(cases)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, column, label in zip(axes, ("step_s", "allocated_gib"), ("step, s", "peak memory, GiB"), strict=True):
+        for i, name in enumerate(CONTENDERS):
+            there = [(k, float(by[name][column])) for k, by in enumerate(cases.values()) if name in by]
+            places, values = [k + 0.27 * (i - 1) for k, _ in there], [value for _, value in there]
+            bars = axis.barh(places, values, 0.25, label=CONTENDERS[name])
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axis.set_xlabel(label)
+        axis.margins(x=0.12)
+    axes[0].set_yticks(range(len(cases)), cases)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"QLoRA training, random weights, {_machine(rows)}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CONTENDERS))
+    plot = (ROOT / "figures" / BENCH).with_suffix(".png")
+    figure.savefig(plot, dpi=150, metadata={"Source": _digest()})
+
+
+def drawn_from() -> str | None:
+    """Digest of the rows that the headline figure was drawn from; None where it is not there."""
+    from PIL import Image
+
+    plot = (ROOT / "figures" / BENCH).with_suffix(".png")
+    if not plot.exists():
+        return None
+    with Image.open(plot) as image:
+        return image.text.get("Source")
+
+
+def _digest() -> str:
+    return hashlib.sha256((ROOT / "figures" / BENCH).read_bytes()).hexdigest()
