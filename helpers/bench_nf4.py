@@ -163,8 +163,8 @@ def decode_grid(rows: Rows, rounds: int) -> None:
 
 
 def torch_ao(rows: Rows, rounds: int) -> None:
-    """torch AO's NF4 tensor beside ours at one size, where it is installed. Its format is its own (int8 scales of another
-    formula), made here from the same weights, and its decoder is PyTorch's operators, which it asks to have compiled."""
+    """torch AO's NF4 tensor beside ours at one size, where it is installed: its own format (int8 scales of another
+    formula), made here of the same weights, and PyTorch's operators as its decoder, which it asks to have compiled."""
     if not importlib.util.find_spec("torchao"):
         return
     from torchao.quantization import NF4Tensor
@@ -335,7 +335,7 @@ def main() -> None:
         raise SystemExit("bench_nf4 times CUDA kernels, and this machine has no CUDA device")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = Rows()
-    for part in (
+    parts = (
         lambda: decode_grid(rows, args.rounds),
         lambda: challenge_loop(rows, args.trials),
         lambda: launch_cost(rows),
@@ -343,11 +343,14 @@ def main() -> None:
         lambda: linear_layers(rows, args.rounds),
         lambda: compiled_mlp(rows, args.rounds),
         lambda: torch_ao(rows, args.rounds),
-    ):
-        seen, start = len(rows.rows), time.time()
-        part()
-        print(table(rows.rows[seen:]), f"[{time.time() - start:.0f} s]\n", sep="\n", flush=True)
-    rows.append_to(args.out / "nf4_bench.csv")
+    )
+    try:
+        for part in parts:
+            seen, start = len(rows.rows), time.time()
+            part()
+            print(table(rows.rows[seen:]), f"[{time.time() - start:.0f} s]\n", sep="\n", flush=True)
+    finally:
+        rows.append_to(args.out / "nf4_bench.csv")
 
 
 if __name__ == "__main__":
