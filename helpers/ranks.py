@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -87,6 +88,7 @@ class Job:
             common |= {"WORLD_SIZE": f"{count}", "LOCAL_WORLD_SIZE": f"{count}", "TORCHELASTIC_RUN_ID": "none",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}  # fmt: skip
         self._until = time.monotonic() + self.limit_s
+        atexit.register(self.stop, "was interrupted")
         for rank in range(count):
             mine = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if self.ranks else {}
             with open(folder / f"{rank}.out", "wb") as out, open(folder / f"{rank}.err", "wb") as err:

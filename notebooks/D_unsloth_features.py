@@ -11,7 +11,7 @@
 #
 # {{BADGES}}
 #
-# **Needs:** any CUDA GPU from a Tesla T4 on, about 10 minutes and 6 GiB; without a GPU everything runs small, about 3 minutes.
+# **Needs:** any CUDA GPU from a Tesla T4 on, about 5 minutes and 12 GiB on an H100; without a GPU everything runs small, about 3 minutes.
 #
 # Nine features that Unsloth's users ask for, in the challenge's order, worth 12 points together. Each stands on stock
 # transformers, PEFT and TRL, so that it works in a user's own script as well as inside Unsloth. Each section says what the
@@ -52,17 +52,21 @@ subprocess.run([sys.executable, "-m", "helpers.environment", "--install"], check
 sys.path.insert(0, os.getcwd())
 
 # %%
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # over a second GPU Trainer would double every batch
+
 import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is imported: it then runs on the CPU, slowly and exactly
 
-from helpers import host
+from helpers import checkpoints, host, ranks
 from helpers.results import Results, save_figure
+from helpers.sections import Sections
 
 host.prepare()
 results = Results("D")
+sections = Sections(results)  # a section that fails is a FAIL in the table, and the next ones run
 host.environment_table()
 
 # %% [markdown]
@@ -81,6 +85,19 @@ TEXT_MODEL = "auto"
 VISION_STEPS = 0
 
 # %% [markdown]
+# Two parts are programs of their own and begin now: what runs inside Unsloth (it patches transformers, PEFT and TRL when it is
+# imported), and the check of the Windows wheels. Their results stand under their headings further down.
+
+# %%
+sections.begin("D.unsloth")
+in_unsloth = windows = None
+if GPU and MODEL == "embedded":
+    checkpoints.embedded_folder()  # converted once, before two processes want it
+windows = ranks.Job("windows", ["-m", "helpers.windows", "--python", "3.12"], results.folder / "D_logs", limit_s=600).start()
+if host.add_unsloth():
+    in_unsloth = ranks.Job("unsloth", ["-m", "helpers.in_unsloth"], results.folder / "D_logs", limit_s=600).start()
+
+# %% [markdown]
 # ## 1. Vision: text and images mixed in a batch (1 point)
 # A batch may hold text alone, one image, several, in any order. What must hold: a row's logits and gradients are those of
 # the row alone. **What fails today:** Llama 3.2 Vision's processor refuses such a batch, and its model, given one, lets the
@@ -89,6 +106,7 @@ VISION_STEPS = 0
 # Models here are tiny, with random weights and every part of the real ones, so that any leak shows and none hides.
 
 # %%
+sections.begin("D1")
 import contextlib
 
 import matplotlib.pyplot as plt
@@ -124,15 +142,14 @@ results.metric("Mllama, stock: largest difference of a row's logits in a mixed b
 
 # %% [markdown]
 # One `VisionCollator` for all of them, and for Mllama an undoable patch that masks the cross attention's output where a token
-# has no image to see. All 24 orders of four rows, padded right and left in turn, beside each row alone, in float32.
+# has no image to see. All 24 orders of four rows, padded right and left in turn, beside each row alone, in float32 and on the
+# CPU: a GPU takes another kernel for another number of rows, and what is looked for here is smaller than their roundings.
 
 # %%
 isolation = []
-device = "cuda" if GPU else "cpu"
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 for family in tiny_vision.FAMILIES:
     processor = tiny_vision.processor(family)
-    model, collate = tiny_vision.model(family, processor).to(device), VisionCollator(processor, responses="all")
+    model, collate = tiny_vision.model(family, processor), VisionCollator(processor, responses="all")
     with isolated_text_rows(model) if family == "mllama" else contextlib.nullcontext():
         logit, gradient = row_isolation(model, collate, mixed)
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in collate(mixed).items() if key.startswith(("input", "pixel")))
@@ -205,6 +222,7 @@ save_figure(fig, "D1_images", [{"width": p.width, "height": p.height} for p in (
 # snapping to the patch grid by rounding goes over the cap. Here both sides are rounded down onto the grid.
 
 # %%
+sections.begin("D2")
 import math
 import random
 
@@ -376,6 +394,7 @@ else:
 # and completions only (sections 1, 2 and 8), on the text model, the tower and the projector.
 
 # %%
+sections.begin("D3")
 import tempfile
 
 from helpers.vision_digits import answers, digits, finetune, quantised_llava
@@ -386,7 +405,7 @@ model, processor = quantised_llava(text_model)
 labelled, half = digits(160), ImageSize(max_side=56)  # half of their 112 pixels
 seen, unseen = labelled[:128], labelled[128:]
 before = answers(model, processor, [picture for picture, _ in unseen], half)
-tuned, losses = finetune(model, processor, digit_rows(seen), tempfile.mkdtemp(), VISION_STEPS or 150, half)
+tuned, losses = finetune(model, processor, digit_rows(seen), tempfile.mkdtemp(), VISION_STEPS or (50 if GPU else 150), half)
 after = answers(tuned, processor, [picture for picture, _ in unseen], half)
 right = sum(said == name for said, (_, name) in zip(after, unseen, strict=True))
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {right} of {len(unseen)} unseen digits right (before: "
@@ -435,7 +454,7 @@ if library is None:
         results.not_run(key, text, reason)
 else:
     told = []
-    for row in digit_rows([(half(picture), name) for picture, name in unseen[:10]]):
+    for row in digit_rows([(half(picture), name) for picture, name in unseen[: 6 if GPU else 10]]):
         wanted = row["messages"].pop()["content"]
         found = beside_llamacpp(tuned, processor, files, row)
         told.append({"digit": wanted, "transformers": processor.tokenizer.decode(found["ours"], skip_special_tokens=True),
@@ -480,13 +499,14 @@ else:
 # and both taking turns. Ours runs as well, and each output is compared with float64.
 
 # %%
+sections.begin("D4")
 import random
 
 from helpers import bench_attention
 from helpers.checkpoints import default_dtype
 
 draw, device = random.Random(3407), "cuda" if GPU else "cpu"
-lengths = [draw.randint(1, 4096) for _ in range(50)] if GPU else [draw.randint(1, 500) for _ in range(12)]
+lengths = [draw.randint(1, 4096) for _ in range(24)] if GPU else [draw.randint(1, 500) for _ in range(12)]
 rows = bench_attention.flex_at_many_lengths(lengths, device, default_dtype())
 print(f"{len(lengths)} lengths from {min(lengths)} to {max(lengths)}: "
       f"{rows[-1]['usual']} graphs the usual way, {rows[-1]['ours']} ours")
@@ -531,20 +551,23 @@ packed = {
 }
 
 
-def gradient_of(implementation):
+def packed_row(implementation):
+    """Logits of the packed row, and on a GPU the gradient of every weight."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
-    model(**packed).logits.logsumexp(-1).sum().backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    with torch.set_grad_enabled(GPU):
+        logits = model(**packed).logits
+    if GPU:
+        logits.logsumexp(-1).sum().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]) if GPU else None
 
 
 with torch.no_grad():
     alone = torch.cat([model(text, use_cache=False).logits for text in texts], 1)
-    model.set_attn_implementation("qlora_flex")
-    difference = (model(**packed).logits - alone).abs().max().item()
-results.criterion("D4.packed", "packed row and window against each text alone, logits", difference, "<= 1e-3")
+logits, ours = packed_row("qlora_flex")
+results.criterion("D4.packed", "packed row and window against each text alone, logits", (logits - alone).abs().max().item(), "<= 1e-3")
 if GPU:
-    ours, stock = gradient_of("qlora_flex"), gradient_of("sdpa")
+    stock = packed_row("sdpa")[1]
     difference = ((ours - stock).norm() / stock.norm()).item()
     results.criterion("D4.gradients", "gradients of the packed row against sdpa, relative", difference, "<= 1e-3")
 else:
@@ -562,6 +585,7 @@ else:
 # quantised checkpoint is taken for a 4-bit layer.
 
 # %%
+sections.begin("D5")
 import tempfile
 
 from transformers import AutoModelForSequenceClassification, LlamaConfig
@@ -580,7 +604,7 @@ AutoModelForCausalLM.from_config(config).save_pretrained(scratch.name)
 
 def load(**kwargs):
     torch.manual_seed(5)  # the new head's weights
-    return AutoModelForSequenceClassification.from_pretrained(scratch.name, **kwargs)
+    return AutoModelForSequenceClassification.from_pretrained(scratch.name, dtype=torch.float32, **kwargs)
 
 
 ids = torch.tensor([[11, 12, 13, 14, END, END, END], [21, 22, 23, 24, 25, 26, END]])
@@ -665,10 +689,12 @@ path = str(checkpoints.embedded_folder()) if MODEL == "embedded" else MODEL
 tokenizer = AutoTokenizer.from_pretrained(path, pad_token="<|im_end|>")
 dtype, longest, real = default_dtype(), 512 if GPU else 96, GPU or FULL
 train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
-if FULL and not GPU:
+if GPU:
+    train, test = train[:1500], test[:600]
+elif FULL:
     short = [[q for q in half if len(tokenizer(bfcl.call_or_not_rows([q])[0]["text"])["input_ids"]) <= longest] for half in (train, test)]
     train, test = short[0], short[1][: QUESTIONS or 200]
-elif not GPU:
+else:
     train, test, path = train[:100], test[:40], scratch.name
     small = config.to_dict() | {"vocab_size": len(tokenizer)}
     AutoModelForCausalLM.from_config(LlamaConfig(**small)).save_pretrained(path)
@@ -682,8 +708,8 @@ def encoded(questions):
 
 def train_it(model, steps, output_dir):
     arguments = TrainingArguments(
-        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=16 if GPU else 8 if FULL else 2,
-        gradient_accumulation_steps=2, learning_rate=3e-4 if GPU else 1e-3, per_device_eval_batch_size=64, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=32 if GPU else 8 if FULL else 2,
+        gradient_accumulation_steps=1 if GPU else 2, learning_rate=3e-4 if GPU else 1e-3, per_device_eval_batch_size=64, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
     )
@@ -695,7 +721,7 @@ def train_it(model, steps, output_dir):
 
 model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=dtype)
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(checkpoints.LORA_TARGETS), task_type="SEQ_CLS"))
-steps = CLASSIFY_STEPS or (150 if GPU else 40 if FULL else 10)
+steps = CLASSIFY_STEPS or (40 if GPU or FULL else 10)
 trainer = train_it(model, steps, str(results.folder / "D_classifier"))
 print(*(f"{part}: {what}" for part, what in classification.parts(model).items()), sep="\n")
 history = [row for row in trainer.state.log_history if "loss" in row]
@@ -741,7 +767,8 @@ plain = AutoModelForSequenceClassification.from_pretrained(
     path, num_labels=2, dtype=dtype, quantization_config=checkpoints.nf4_config(dtype), pad_token_id=tokenizer.pad_token_id,
 )
 plain = PeftModel.from_pretrained(plain, folder).to(model.device).eval()
-with torch.no_grad():
+# Both heads in the dtype of the rest, which is plain transformers' way; ours computed in float32 while the patch was open.
+with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=GPU):
     before, after = model(**batch).logits.float(), plain(**batch).logits.float()
 results.criterion("D5.reload", "logits after saving and loading in plain transformers, largest difference", (before - after).abs().max().item(),
                   "<= 1e-6" if GPU else "<= 1e-3")  # on a CPU bitsandbytes repacks weights for inference, which costs bits
@@ -757,6 +784,7 @@ del model, plain, trainer
 # answer is an import error or a wrong result. **After:** an explicit choice that cannot work says why and what can.
 
 # %%
+sections.begin("D6")
 from helpers.attention import BACKENDS, Case, attention, explain, unsupported
 
 capability = torch.cuda.get_device_capability() if GPU else (0, 0)
@@ -847,12 +875,14 @@ print(f"{'sdpa (stock)':16s} {' '.join(f'{loss:.5f}' for loss in stock)}")
 results.criterion("D6.training", "training steps of a stock model under every name against sdpa, worst relative", worst, "<= 5e-3" if GPU else "<= 1e-5")
 
 # %% [markdown]
-# **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask. Left out on a CPU.
+# **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask, timed once the programs
+# that were started at the top have ended. Left out on a CPU.
 
 # %%
 from IPython.display import display
 
 if GPU:
+    ranks.wait_for(in_unsloth, windows)
     rows = bench_attention.attention_times()
     kinds, backends = list(dict.fromkeys(row["mask"] for row in rows)), list(dict.fromkeys(row["backend"] for row in rows))
     fig, axis = plt.subplots(figsize=(7, 3.2))
@@ -875,6 +905,7 @@ if GPU:
 # **Before:** SmolLM2's own template ignores tools without a word. **After:** Qwen 2.5's, which TRL ships.
 
 # %%
+sections.begin("D7")
 from helpers.tool_calling import Tools, converse, evaluate, generate, parse, tool_tokenizer, training_rows
 
 
@@ -943,7 +974,7 @@ import html
 from IPython.display import HTML
 
 train, test = bfcl.split(bfcl.load(*bfcl.CALLING, *bfcl.IRRELEVANT))
-rows = training_rows(train if real else train[:60], ours, max_length=1024 if GPU else 400)
+rows = training_rows(train[:1200] if GPU else train if FULL else train[:60], ours, max_length=1024 if GPU else 400)
 print(f"{len(rows)} conversations to learn from, {len(test)} questions to be tested on")
 
 
@@ -962,6 +993,7 @@ HTML(f'<pre style="white-space:pre-wrap;font-size:85%">{coloured(shortest)}</pre
 
 # %%
 import contextlib
+import itertools
 
 from trl import SFTConfig
 
@@ -969,18 +1001,27 @@ from helpers.compiling import compile_model
 from helpers.train import QLoRATrainer, nf4_decoder
 
 draw = random.Random(3407)
-asked = draw.sample(test, QUESTIONS or (300 if GPU else 4))
-options = {"new_tokens": 200 if GPU else 80 if FULL else 8, "batch_size": 100}
+options = {"new_tokens": 100 if GPU else 80 if FULL else 8, "batch_size": 100}
+
+
+def fits(question):
+    prompt = ours.apply_chat_template(question.messages, tools=question.tools, tokenize=False, add_generation_prompt=True)
+    return len(ours(prompt)["input_ids"]) <= 512
+
+
+few = draw.sample(test, len(test))
 if FULL and not GPU:
-    few = [q for q in test if len(str(q.tools)) + len(str(q.messages)) < 900]
-    asked = draw.sample([q for q in few if q.answers], 24) + draw.sample([q for q in few if not q.answers], 8)
+    few = [q for q in few if len(str(q.tools)) + len(str(q.messages)) < 900]
+    asked = [*[q for q in few if q.answers][:24], *[q for q in few if not q.answers][:8]]
+else:  # in one batch of prompts of up to 512 tokens
+    asked = list(itertools.islice(filter(fits, few), QUESTIONS or (100 if GPU else 4)))
 model = checkpoints.attach_lora(base.model, rank=32)
 before, _ = evaluate(model, ours, asked, **options)
 
-steps = STEPS or (200 if GPU else 60 if FULL else 10)
+steps = STEPS or (60 if GPU or FULL else 10)
 arguments = SFTConfig(
-    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=8 if GPU else 2 if FULL else 1,
-    gradient_accumulation_steps=2, learning_rate=5e-4 if GPU else 1e-3 if FULL else 1e-2, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
+    output_dir=str(results.folder / "D_tool_calling"), max_steps=steps, per_device_train_batch_size=16 if GPU else 2 if FULL else 1,
+    gradient_accumulation_steps=1 if GPU else 2, learning_rate=5e-4 if GPU else 1e-3 if FULL else 1e-2, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), max_length=None, logging_steps=1,
     bf16=base.model.dtype == torch.bfloat16, fp16=base.model.dtype == torch.float16, gradient_checkpointing=False,
     save_strategy="no", report_to="none", disable_tqdm=True, seed=3407, dataloader_pin_memory=GPU,
 )
@@ -1037,7 +1078,7 @@ else:
 
 # %%
 def say(messages, schemas):
-    return generate(model, ours, [(messages, schemas)], new_tokens=100)[0]
+    return generate(model, ours, [(messages, schemas)], new_tokens=60)[0]
 
 
 for request in (question[0]["content"], "What is the area of a circle with a radius of 3 metres?") if GPU else ():
@@ -1054,6 +1095,7 @@ for request in (question[0]["content"], "What is the area of a circle with a rad
 # conversation's rendering grows by one message, or, where a template moves text around, between two random marks.
 
 # %%
+sections.begin("D8")
 import datasets
 
 from helpers.completions import IGNORE, encode_conversation, train_on_responses_only
@@ -1148,15 +1190,16 @@ results.criterion("D8.nothing", "a row with nothing to learn is named", nothing.
 # was read of those wheels before is checked again, and the first line says so. Nothing here was run on Windows itself.
 
 # %%
-done = subprocess.run([sys.executable, "-m", "helpers.windows", "--python", "3.12"], capture_output=True, text=True)
-said = (done.stdout + done.stderr).strip()
+sections.begin("D9")
+ranks.wait_for(windows)
+said = windows.said().strip()
 print("\n".join(line[:180] for line in said.splitlines()[:12]))
 if "does not answer" in said or "could not fetch" in said:
     reason = "this machine does not reach the package registry; CI runs it for Python 3.11, 3.12 and 3.13"
     results.not_run("D9.resolved", "the pinned set for Windows: every wheel there, every DLL import met, refused without one", reason)
 else:
     results.criterion("D9.resolved", "the pinned set for Windows: every wheel there, every DLL import met, refused without one",
-                      done.returncode == 0)
+                      windows.failure == "")
 results.not_run("D9.windows", "Triton, xFormers and bitsandbytes at work on Windows", "needs a Windows machine with a GPU")
 
 # %% [markdown]
@@ -1168,12 +1211,15 @@ results.not_run("D9.windows", "Triton, xFormers and bitsandbytes at work on Wind
 # its trainer. Without a GPU Unsloth trains text on the CPU, so this runs there too, on a small random Llama.
 
 # %%
+sections.begin("D.unsloth")
 import json
 
 features = ("attention", "classification", "tool calling", "completions")
-if host.add_unsloth():
-    done = subprocess.run([sys.executable, "-m", "helpers.in_unsloth"], capture_output=True, text=True)
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"feature"')]
+if in_unsloth:
+    ranks.wait_for(in_unsloth)
+    told = [json.loads(line) for line in in_unsloth.said().splitlines() if line.startswith('{"feature"')]
+    if in_unsloth.failure:
+        print(in_unsloth.failure)
     for row in told:
         print(f"{row['feature']:15s} {'works' if row['passed'] else 'FAILS'}: {row['said'][:300]}")
     passed = {row["feature"]: row["passed"] for row in told}
