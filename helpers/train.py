@@ -30,10 +30,11 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from . import attention, attention_transformers, checkpoints, fsdp2, host, t4
+from . import attention, attention_transformers, checkpoints, fsdp2, host, plan, t4
 from .chunked_head import chunked_loss
+from .expected_memory import expected, row_lengths
 from .instruction_data import load_instructions
-from .memory import MemoryTimeline, peak_gib
+from .memory import GIB, MemoryTimeline, peak_gib
 from .nf4_tensor import NF4Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +78,7 @@ class TrainArguments:
     fsdp2_options: str = _flag("", "with --fsdp2: any of offload, keep-gathered, prefetch=N, full-checkpoints")
     rehearse_t4: bool = _flag(False, "run a Tesla T4's code on the NVIDIA card at hand (helpers/t4.py)")
     seed: int = _flag(3407, "of weights, data order and everything random")
+    plan: bool = _flag(False, "print what would run and why, and the memory expected; load and train nothing")
 
 
 @dataclass
@@ -88,6 +90,7 @@ class TrainResult:
     output_dir: Path
     peak_allocated_gib: float
     peak_reserved_gib: float
+    expected_gib: float  # allocated, by helpers/expected_memory.py; NaN for layers that it does not know
     timeline: list[dict[str, float]]
     answer_before: str = ""
     answer_after: str = ""
@@ -167,7 +170,7 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
         self._flops_per_token: int | None = None
 
     def training_step(self, model, inputs, *args, **kwargs):
-        # Trainer sets the mode of every module at every micro-step, which for a thousand of them takes as long as a layer.
+        # Trainer sets every module's mode at every micro-step, which for a thousand of them takes as long as a layer.
         already = mock.patch.object(model, "train", lambda: model) if model.training else contextlib.nullcontext()
         with already:
             return super().training_step(model, inputs, *args, **kwargs)
@@ -217,6 +220,19 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
         finally:
             self._saving_into = None
 
+    def save_whole_model(self) -> None:
+        """The adapter and tokenizer into the output folder, where they replace others only once all are written."""
+        folder, scratch = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
+        if self.args.should_save:
+            shutil.rmtree(scratch, ignore_errors=True)  # what a run that died while saving left
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(scratch))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+                os.replace(path, folder / path.name)  # the file by which an adapter is known comes last
+            scratch.rmdir()
+
 
 def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) -> TrainResult:
     """Fine-tune with QLoRA and return what was measured; the adapter is in ``args.output_dir``.
@@ -227,6 +243,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     args = _decided(args)
     resume_from = _checked_output(args)
     sharding = _sharding(args)
+    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     host.quiet()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     read = not args.model.startswith("shape:")  # random weights are made on the device
@@ -266,10 +283,19 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         with MemoryTimeline() as timeline:
             trainer.train(resume_from_checkpoint=resume_from)
         allocated, reserved = peak_gib()
-        trainer.save_model(args.output_dir)
+        trainer.save_whole_model()
+    planned = (_expected_bytes(trainer, args) + held) / GIB
     after = answer(model, base.tokenizer, prompt)  # of a sharded model all ranks together
-    _say(f"peak memory: {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; adapter in {args.output_dir}")
-    return TrainResult(log.rows, base.label, output_dir, allocated, reserved, timeline.rows, before, after)
+    _say(f"peak memory: {allocated:.2f} GiB allocated (--plan expects {planned:.2f} on a GPU), {reserved:.2f} GiB "
+         f"reserved; adapter in {args.output_dir}")  # fmt: skip
+    return TrainResult(log.rows, base.label, output_dir, allocated, reserved, planned, timeline.rows, before, after)
+
+
+def _expected_bytes(trainer: QLoRATrainer, args: TrainArguments) -> float:
+    try:
+        return expected(trainer.model.config, args, row_lengths(trainer.train_dataset)).total
+    except Exception:  # layers that the formulas do not know: an estimate must not end a run that has trained
+        return float("nan")
 
 
 def _say(line: str) -> None:
@@ -474,6 +500,23 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def _advice(args: TrainArguments) -> str:
+    """What to say of a run whose memory did not suffice: the flags that it can still change, what helps most first."""
+    flags = {
+        "--checkpointing True": not args.checkpointing,
+        "--loss chunked": args.loss == "full",
+        f"--batch_size 1 --accumulation {args.accumulation * args.batch_size}": args.batch_size > 1,
+        f"--max_length {args.max_length // 2}": True,
+        "--compile": not args.compile and args.loss != "full",
+        "--optimizer adamw_8bit": "8bit" not in args.optimizer,
+    }
+    able = ", ".join(flag for flag, helps in flags.items() if helps)
+    return (
+        f"the GPU's memory did not suffice; checkpoints written so far are whole. Try, in this order: {able}. "
+        "--plan tells what each needs"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     from transformers import HfArgumentParser
 
@@ -481,12 +524,18 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = parser.parse_args_into_dataclasses(argv)
     try:
         with t4.rehearsal_if_asked(args.rehearse_t4):
+            if args.plan:
+                print(plan.describe(args, _decided(args)))
+                return 0
             result = train(args)
             if host.rehearsing_t4():
                 print(t4.proof())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {_advice(_decided(args))}\n({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     if args.fsdp2:
         fsdp2.stop_ranks()
     if fsdp2.main_process() and result.answer_before:

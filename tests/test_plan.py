@@ -1,0 +1,189 @@
+"""The plan: its formulas against what autograd keeps, its sums against what an H100 took, and its text."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from helpers import attention_transformers, checkpoints, expected_memory, plan
+from helpers.chunked_head import chunked_loss
+from helpers.compiling import compile_model
+from helpers.memory import GIB
+from helpers.train import TrainArguments, _decided, main, train
+
+TOKENS = (2, 48)
+
+
+def kept_bytes(shape: str, compiled: bool) -> int:
+    """Bytes that one forward pass of the bfloat16 model keeps for its backward pass, parameters and buffers aside."""
+    base = checkpoints.load_base(f"shape:{shape}", torch.bfloat16).model
+    model = checkpoints.attach_lora(base, 8)
+    attention_transformers.register()
+    model.set_attn_implementation("qlora_sdpa")
+    model.train()
+    model.enable_input_require_grads()
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(3, 500, TOKENS)
+    region = compile_model(model, backend="aot_eager_decomp_partition", pad_to=1) if compiled else chunked_loss(model)
+    with region, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # compiles
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    del loss
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_keeps_what_the_formula_says(compiled, monkeypatch):
+    if not compiled:  # PEFT asks for CUDA's autocast only, and where that is off makes a copy of each input
+        asked = torch.is_autocast_enabled
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device or ("cpu",)))
+    shape = checkpoints.SHAPES["tiny"] | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 16}
+    monkeypatch.setitem(checkpoints.SHAPES, "wide", shape)
+    s = expected_memory.shapes_of(plan.config_of("shape:wide")[0], torch.bfloat16, 8)
+    tokens = TOKENS[0] * TOKENS[1]
+    expected = s.layers * tokens * expected_memory.saved_bytes(s, 2, 8, compiled=compiled, shared_heads=False)
+    expected += 2 * tokens * s.hidden + 4 * TOKENS[1] * s.head_dim  # the loss's gradient, cosines and sines
+    if compiled:  # the CPU's attention is made again, its output and sums with it
+        expected -= s.layers * tokens * (2 * s.query + 4 * s.heads)
+    else:  # the adapters as autocast casts them, and the final norm
+        expected += 2 * s.adapters + 4 * tokens * s.hidden
+    assert kept_bytes("wide", compiled) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-untied"])
+def test_weights_are_counted_exactly(shape):
+    model = checkpoints.load_base(f"shape:{shape}", torch.bfloat16).model
+    layers = [module.weight for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = sum(weight.nbytes for weight in layers)
+    absmax = sum(w.quant_state.absmax.nbytes + w.quant_state.state2.absmax.nbytes for w in layers)
+    config, _, _ = plan.config_of(f"shape:{shape}")
+    arguments = TrainArguments(dtype="bfloat16", steps=1, batch_size=1, accumulation=2, max_length=64, lora_rank=8)
+    memory = expected_memory.expected(config, arguments, [40])
+    plain = sum(p.nbytes for p in model.parameters()) - packed
+    assert memory.weights == (packed, pytest.approx(absmax, rel=0.02), plain)
+    trained = sum(p.nbytes for p in checkpoints.attach_lora(model, 8).parameters() if p.requires_grad)
+    assert memory.trained == (trained, trained, 2 * trained)
+
+
+# Peaks of PyTorch's allocator on an H100, in GiB, Llama-3.2-1B shape, bfloat16, rows of 200 to 1024 tokens, LoRA r=32.
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"loss": "trl", "attention": "stock", "checkpointing": False}, 4.82),
+        ({"loss": "trl", "attention": "stock", "checkpointing": True}, 1.59),
+        ({"loss": "chunked", "compile": True, "checkpointing": False}, 3.16),
+    ],
+)
+def test_sums_are_within_a_tenth_of_an_h100s(settings, measured, monkeypatch):
+    monkeypatch.setattr(expected_memory, "capability", lambda: (9, 0))
+    config, _, _ = plan.config_of("shape:llama-3.2-1b")
+    arguments = TrainArguments(
+        dtype="bfloat16", optimizer="adamw_torch", steps=14, batch_size=2, accumulation=4, max_length=1024,
+        lora_rank=32, **settings,
+    )  # fmt: skip
+    memory = expected_memory.expected(config, arguments, range(200, 1025))
+    assert memory.total / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_the_longest_batch_of_a_run_is_expected():
+    lengths = list(range(1, 101))
+    arguments = TrainArguments(steps=2, batch_size=2, accumulation=1, max_length=90)
+    assert expected_memory.tokens_of(lengths, arguments) == (2, 81)  # of 4 draws from 100, the largest
+    arguments.steps = 1000
+    assert expected_memory.tokens_of(lengths, arguments) == (2, 90)  # cut
+    arguments.compile = True
+    assert expected_memory.tokens_of(lengths, arguments) == (2, 128)  # padded
+    arguments.packing = True
+    assert expected_memory.tokens_of(lengths, arguments) == (2, 90)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]},
+        {"text": "Hello, good day."},
+        {"prompt": "Hello, ", "completion": "good day."},
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Good day."}]},
+        {"input_ids": [5] * 17},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_rows_are_as_long_as_the_trainer_makes_them(row, tmp_path):
+    from datasets import Dataset
+
+    from helpers.train import QLoRATrainer, _trainer_config
+
+    rows = Dataset.from_list([row] * 3)
+    tokenizer = checkpoints.byte_tokenizer()
+    arguments = _decided(TrainArguments(output_dir=str(tmp_path), max_length=200))
+    model = checkpoints.attach_lora(checkpoints.load_base("shape:tiny").model, 4)
+    trainer = QLoRATrainer(
+        model, loss="full", args=_trainer_config(arguments), train_dataset=rows, processing_class=tokenizer
+    )
+    assert expected_memory.row_lengths(rows, tokenizer) == expected_memory.row_lengths(trainer.train_dataset)
+
+
+def test_plan_loads_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints, "load_base", lambda *more: pytest.fail("a model was loaded"))
+    out = tmp_path / "out"
+    given = ["--plan", "--model", "shape:llama-3.1-8b", "--dataset", "random:8-40x64", "--attention", "eager"]
+    assert main([*given, "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert not out.exists() and "RANDOM weights" in said
+    for part in "device dtype NF4 loss attention compile checkpointing optimizer FSDP2".split():
+        assert any(line.startswith(part) for line in said.splitlines())
+    assert "eager                --attention asks for it" in said
+    numbers = {line[:44].strip(): float(line[44:]) for line in said.splitlines() if line[44:].strip()[:1].isdigit()}
+    assert numbers["weights, packed NF4"] == pytest.approx(3.25, abs=0.01)
+    assert numbers["compiled, checkpointing"] < numbers["compiled"]
+    assert main(["--plan", "--model", "shape:none"]) == 2 and "unknown shape" in capsys.readouterr().err
+    assert main(["--plan", "--dataset", str(out / "none.jsonl"), "--model", "shape:tiny"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_model_of_another_kind_is_named(tmp_path):
+    from transformers import GPT2Config
+
+    with pytest.raises(ValueError, match="Llama-like layers; those of gpt2"):
+        expected_memory.shapes_of(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64), torch.float32, 4)
+
+
+def test_a_run_tells_what_was_expected_of_it(tmp_path, capsys):
+    result = train(TrainArguments(model="shape:tiny", dataset="random:8-40x64", steps=1, output_dir=str(tmp_path)))
+    assert 0 < result.expected_gib < 0.1
+    assert f"--plan expects {result.expected_gib:.2f} on a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"checkpointing": False, "compile": False},
+        {"checkpointing": True, "compile": False},
+        {"checkpointing": False, "compile": True},
+        {"checkpointing": True, "compile": True, "packing": True},
+        {"checkpointing": False, "compile": False, "loss": "full"},
+    ],
+    ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_a_run_takes_within_a_tenth_of_the_plan(settings, tmp_path):
+    torch.cuda.empty_cache()
+    with contextlib.suppress(RuntimeError):
+        torch._dynamo.reset()
+    result = train(TrainArguments(
+        model="shape:llama-3.2-1b", dataset="random:200-512x64", steps=3, batch_size=2, accumulation=2, max_length=512,
+        deterministic=False, output_dir=str(tmp_path), **settings,
+    ))  # fmt: skip
+    assert result.peak_allocated_gib == pytest.approx(result.expected_gib, rel=0.1)
