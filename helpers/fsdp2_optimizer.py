@@ -1,7 +1,10 @@
-"""bitsandbytes' optimizers on sharded parameters: each rank updates its own rows, and states are saved as DTensors.
+"""bitsandbytes' optimizers on sharded parameters: each rank updates its own rows, and any number of ranks can resume.
 
 bitsandbytes' kernels take plain tensors and its states are plain tensors, so with FSDP2's DTensors a step raises, and a
-checkpoint would hold one rank's 8-bit states as everyone's.
+checkpoint would hold one rank's 8-bit states as everyone's. An 8-bit state is cut into blocks of 256 values that share
+a scale, counted from the start of a rank's shard: for another number of ranks the blocks lie elsewhere. So a checkpoint
+holds what the states decode to, in float32 and sharded as the parameter is, and loading encodes it again, which rounds
+once more, as every step does.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch.distributed.tensor import DTensor
 
 BLOCK = 256  # values that share one absmax of an 8-bit state, fixed in bitsandbytes
-CODES = "_8bit"  # marks the name of an 8-bit state in a checkpoint
+CODES = {"state1": "dynamic", "state2": "udynamic"}  # the map that bitsandbytes decodes each state by
 WRAPPED = Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY
 
 
@@ -43,7 +47,6 @@ class _Sharded:
             if isinstance(parameter, DTensor):
                 # A rank whose shard is empty has nothing to update.
                 shard.grad = parameter.grad.to_local() if parameter.grad is not None and shard.numel() else None
-        self._whole_blocks = {id(s): _whole_blocks(p) for p, s in shards.items()}
         self.state = defaultdict(dict, {shards[p]: state for p, state in self.state.items()})
         for group, params in zip(self.param_groups, groups, strict=True):
             group["params"] = [shards[p] for p in params]
@@ -58,66 +61,49 @@ class _Sharded:
                 if isinstance(parameter, DTensor):
                     shard.grad = None
 
-    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        config = super().get_config(gindex, pindex, group)
-        # Blocks that a shard's edge would cut could not be given to another number of ranks: such a state is float32.
-        if not self._whole_blocks[id(group["params"][pindex])]:
-            config["optim_bits"] = 32
-        return config
-
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()
-        for parameter, state in self._with_parameters(saved["state"]):
-            for values in (state, state.get(WRAPPED, {})):
-                for name, value in list(values.items()):
-                    if not isinstance(value, torch.Tensor):
-                        continue
-                    if name.startswith("absmax") or value.ndim == parameter.ndim:
-                        values[name] = _sharded_like(parameter, value, name.startswith("absmax"))
-                    if value.dtype == torch.uint8:  # or codes would be loaded as if they were a float32 state's values
-                        values[name + CODES] = values.pop(name)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            state |= state.pop(WRAPPED, {})
+            for name in CODES:
+                code, absmax = (state.pop(f"{part}{name[-1]}", None) for part in ("qmap", "absmax"))
+                if name in state:
+                    state[name] = _decoded(parameters[i], state[name], code, absmax)
         return saved
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], **more: Any) -> None:
-        state_dict = state_dict | {"state": {i: _plain(state) for i, state in state_dict["state"].items()}}
-        super().load_state_dict(state_dict, **more)
+        states = {
+            i: {name: value.to_local() if isinstance(value, DTensor) else value for name, value in state.items()}
+            for i, state in state_dict["state"].items()
+        }
+        super().load_state_dict(state_dict | {"state": states}, **more)
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, parameter in enumerate(group["params"]):
+                config, state = self.get_config(gindex, pindex, group), self.state.get(parameter, {})
+                # bitsandbytes' own rule, by the size of what it is given: this rank's shard.
+                large = "state1" in state and state["state1"].numel() >= config["min_8bit_size"]
+                if large and config["optim_bits"] == 8:
+                    self._encode(state)
 
-    def _with_parameters(self, states: dict[int, dict]) -> Iterator[tuple[DTensor, dict]]:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return ((p, states[i]) for i, p in enumerate(parameters) if i in states and isinstance(p, DTensor))
+    def _encode(self, state: dict[str, Any]) -> None:
+        if not self.name2qmap:
+            self.fill_qmap()
+        for name, kind in CODES.items():
+            if name in state:
+                code = self.name2qmap[kind] = self.name2qmap[kind].to(state[name].device)
+                state[name], found = functional.quantize_blockwise(state[name], code=code, blocksize=BLOCK)
+                state[f"qmap{name[-1]}"], state[f"absmax{name[-1]}"] = code, found.absmax
 
 
-def _whole_blocks(parameter: torch.Tensor) -> bool:
-    """Whether every shard of ``parameter`` is whole blocks of `BLOCK` values, laid out as another world size would."""
+def _decoded(parameter: torch.Tensor, value: torch.Tensor, code: torch.Tensor | None, absmax: torch.Tensor | None):
+    """A state in float32, of the parameter's shape and sharded as it is."""
+    if value.dtype == torch.uint8:
+        value = functional.dequantize_blockwise(value, absmax=absmax, code=code, blocksize=BLOCK)
     if not isinstance(parameter, DTensor):
-        return True
-    rows, ranks = parameter.shape[0], parameter.device_mesh.size()
-    columns = parameter.numel() // rows
-    return columns % BLOCK == 0 or (rows % ranks == 0 and (rows // ranks * columns) % BLOCK == 0)
-
-
-def _sharded_like(parameter: DTensor, value: torch.Tensor, absmax: bool) -> DTensor:
-    shape = parameter.shape
-    if absmax:
-        columns = parameter.numel() // shape[0]
-        # One row of absmax a row of the parameter, so that both are cut at the same place; else one absmax a block.
-        shape = torch.Size(
-            (shape[0], columns // BLOCK) if columns % BLOCK == 0 else (parameter.numel() // BLOCK,)
-        )
-        value = value.view(-1, *shape[1:])
+        return value
     return DTensor.from_local(
-        value, parameter.device_mesh, parameter.placements, run_check=False, shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
+        value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
     )  # fmt: skip
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    plain = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            value = _plain(value)
-        elif isinstance(value, DTensor):
-            value = value.to_local()
-            value = value.reshape(-1) if name.startswith("absmax") else value
-        plain[name.removesuffix(CODES)] = value
-    return plain

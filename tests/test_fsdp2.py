@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from queue import Empty
@@ -94,11 +95,11 @@ class InTheMiddle(TrainerCallback):
 
 
 class Dies(TrainerCallback):
-    """Kills this process, as a machine would, before step 5."""
+    """Kills this process, as a machine would, while it writes its part of the checkpoint of step 4."""
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 4 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def on_train_begin(self, args, state, control, **kwargs):
+        if dist.get_rank() == 1:
+            writing("checkpoint-4/optimizer", lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 class Starves(TrainerCallback):
@@ -123,8 +124,39 @@ def rank_trains(folder, ranks: int | None = None, **more) -> dict:
     }  # fmt: skip
 
 
+def writing(what: str, act):
+    """Do ``act`` instead of writing this rank's part of ``what``; returns the function that undoes it."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    real = FileSystemWriter.write_data
+
+    def write(self, plan, planner):
+        return act() if what in str(self.path) else real(self, plan, planner)
+
+    FileSystemWriter.write_data = write
+    return lambda: setattr(FileSystemWriter, "write_data", real)
+
+
+def rank_loads(folder, checkpoint) -> dict:
+    """Train from a 4-bit checkpoint on disk; also when this rank began and ended to read it."""
+    real, read = checkpoints.load_base, []
+
+    def load_base(*args, **kwargs):
+        read.append(time.monotonic())
+        time.sleep(0.2)  # or the other rank might be late enough by chance
+        loaded = real(*args, **kwargs)
+        read.append(time.monotonic())
+        return loaded
+
+    checkpoints.load_base = load_base
+    try:
+        return rank_trains(folder, model=str(checkpoint)) | {"read": read}
+    finally:
+        checkpoints.load_base = real
+
+
 def rank_resumes(folder, **more) -> dict:
-    """Train on from the checkpoint at step 4 of a run, in a copy of its folder."""
+    """Train on from the last checkpoint but the one of the end, in a copy of a run's folder."""
     copy = Path(f"{folder} resumed on {dist.get_world_size()}")
     if dist.get_rank() == 0:
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
@@ -162,16 +194,12 @@ def rank_pipelines(ranks: int) -> dict[str, list[float]]:
 
 def rank_runs_out_of_disk(folder) -> tuple[str, list[str]]:
     """The last rank cannot write its part of the optimizer at step 4."""
-    from torch.distributed.checkpoint import FileSystemWriter
 
-    real = FileSystemWriter.write_data
+    def full():
+        raise OSError(28, "No space left on device")
 
-    def full(self, plan, planner):
-        if "checkpoint-4/optimizer" in str(self.path) and dist.get_rank() == dist.get_world_size() - 1:
-            raise OSError(28, "No space left on device")
-        return real(self, plan, planner)
-
-    FileSystemWriter.write_data = full
+    last = dist.get_rank() == dist.get_world_size() - 1
+    undo = writing("checkpoint-4/optimizer", full) if last else lambda: None
     said = "nothing was raised"
     try:
         with clipped_at(0.1):
@@ -179,7 +207,7 @@ def rank_runs_out_of_disk(folder) -> tuple[str, list[str]]:
     except BaseException as error:
         said = f"{type(error).__name__}: {error}"
     finally:
-        FileSystemWriter.write_data = real
+        undo()
     left = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
     dist.barrier()  # before another call resumes from what is left
     return said, left
@@ -291,15 +319,24 @@ def alone(folder):
 
 
 @pytest.fixture(scope="module")
+def checkpoint(folder):
+    """The tiny model as a checkpoint quantised already, with its tokenizer."""
+    made = checkpoints.load_base("shape:tiny-untied", torch.float32)
+    made.model.save_pretrained(folder / "checkpoint")
+    made.tokenizer.save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
 def killed(folder):
-    """What the launcher says of a run whose rank 1 was killed before step 5."""
+    """What the launcher says of a run whose rank 1 was killed while it saved."""
     with pytest.raises(RuntimeError) as error:
         fsdp2.launch(2, ["-m", "tests.test_fsdp2", "dies", str(folder / "killed")], folder / "logs")
     return str(error.value)
 
 
 @pytest.fixture(scope="module")
-def two(folder, killed):
+def two(folder, killed, checkpoint):
     """Everything that 2 ranks do, in one start of them."""
     calls = {name: (rank_trains, {"folder": folder / name, **more}) for name, more in VARIANTS.items()}
     calls |= {f"bytes {i}": (rank_gathers, more) for i, more in enumerate(PAYLOADS)}
@@ -307,6 +344,7 @@ def two(folder, killed):
     if PIPELINES:
         calls["pipeline"] = (rank_pipelines, {"ranks": 2})
     calls["8-bit resumed"] = (rank_resumes, {"folder": folder / "8-bit", **VARIANTS["8-bit"]})
+    calls["loaded"] = (rank_loads, {"folder": folder / "loaded", "checkpoint": checkpoint})
     calls["disk"] = (rank_runs_out_of_disk, {"folder": folder / "disk"})
     calls["disk resumed"] = (rank_trains, {"folder": folder / "disk", "save_steps": 2, "resume": True})
     return in_ranks(2, calls)
@@ -317,6 +355,7 @@ def three(folder, two):
     calls = {"tied": (rank_trains, {"folder": folder / "tied", **TIED}), "bytes": (rank_gathers, PAYLOADS[0])}
     calls["full resumed"] = (rank_resumes, {"folder": folder / "offloaded", **VARIANTS["offloaded"]})
     calls["killed resumed"] = (rank_resumes, {"folder": folder / "killed", "save_steps": 2})
+    calls["8-bit resumed"] = (rank_resumes, {"folder": folder / "8-bit", **VARIANTS["8-bit"]})
     return in_ranks(3, calls)
 
 
@@ -377,13 +416,16 @@ def test_saving_gathers_nothing_of_the_base(two):
 
 
 def test_resumes_on_the_same_and_on_another_number_of_ranks(alone, two, three):
-    check_losses(two[0]["8-bit resumed"], two[0]["8-bit"])
+    for ranks in (two, three):
+        check_losses(ranks[0]["8-bit resumed"], two[0]["8-bit"])
     check_losses(three[0]["full resumed"], alone["plain"])
     check_losses(three[0]["killed resumed"], alone["plain"])
 
 
 def test_a_killed_rank_is_named_and_resume_reaches_the_same_losses(folder, alone, killed, three):
     assert killed.startswith("rank 1 was killed by SIGKILL") and killed.count("\n") == 0
+    assert [path.name for path in (folder / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list((folder / "killed resumed on 3").glob("partial*"))
     check_losses(three[0]["killed resumed"], alone["plain"])
     with open(folder / "killed resumed on 3" / "train_log.csv", newline="") as file:  # each step once
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, STEPS + 1))
@@ -393,6 +435,13 @@ def test_a_full_disk_loses_no_checkpoint(folder, alone, two):
     assert all("No space left on device" in rank["disk"][0] for rank in two)
     assert all(rank["disk"][1] == ["checkpoint-2"] for rank in two)
     check_losses(two[0]["disk resumed"], alone["plain"])
+
+
+def test_ranks_read_a_checkpoint_one_after_the_other(alone, two):
+    """Host memory then holds one copy of it at a time, and not one a rank."""
+    check_losses(two[0]["loaded"], alone["plain"])
+    (_, first_ends), (second_begins, _) = (rank["loaded"]["read"] for rank in two)
+    assert first_ends <= second_begins
 
 
 def test_ranks_with_other_weights_are_refused_by_name(two):
