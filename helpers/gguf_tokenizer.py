@@ -21,10 +21,11 @@ SPLITS = {
 
 
 def tokenizer_values(processor: Any, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer as llama.cpp's keys: byte-level BPE (Qwen, Llama 3, SmolLM2) or sentencepiece's (Llama 2)."""
+    """The tokenizer, given or a processor's, as llama.cpp's keys: byte-level BPE (Qwen, Llama 3, SmolLM2) or
+    sentencepiece's (Llama 2)."""
     from gguf import TokenType
 
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe, added = description["model"], tokenizer.added_tokens_decoder
     if bpe["type"] != "BPE":

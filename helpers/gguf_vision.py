@@ -11,33 +11,17 @@ https://github.com/ggml-org/llama.cpp/pull/25844 lands (SigLIP has no class toke
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from .gguf_text import TEXT_NAMES, finished_text, quantize_gguf, quantizer, renamed, text_values, write_gguf
 from .gguf_tokenizer import tokenizer_values
 from .lora_tensors import Tensors, merged_tensors
 
-TYPES = ("f32", "f16", "q8_0")
-
-BLOCK = r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d+)\."
-TEXT_NAMES = (
-    (r"(?:model\.)?language_model\.(?:model\.)?embed_tokens\.weight", "token_embd.weight"),
-    (r"(?:model\.)?language_model\.(?:model\.)?norm\.weight", "output_norm.weight"),
-    (r"(?:language_model\.)?lm_head\.weight", "output.weight"),
-    (BLOCK + r"input_layernorm\.weight", r"blk.\1.attn_norm.weight"),
-    (BLOCK + r"post_attention_layernorm\.weight", r"blk.\1.ffn_norm.weight"),
-    (BLOCK + r"self_attn\.([qkv])_proj\.(weight|bias)", r"blk.\1.attn_\2.\3"),
-    (BLOCK + r"self_attn\.o_proj\.(weight|bias)", r"blk.\1.attn_output.\2"),
-    (BLOCK + r"mlp\.(gate|up|down)_proj\.(weight|bias)", r"blk.\1.ffn_\2.\3"),
-)
 TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
 LAYER = TOWER + r"encoder\.layers\.(\d+)\."
 LLAVA_NAMES = (
@@ -67,9 +51,6 @@ QWEN_NAMES = (
     (VISUAL + r"merger\.ln_q\.(weight|bias)", r"v.post_ln.\1"),
     (VISUAL + r"merger\.mlp\.([02])\.(weight|bias)", r"mm.\1.\2"),
 )
-TEXT_KINDS = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl"
-}  # fmt: skip
 
 
 def export_gguf(
@@ -88,11 +69,7 @@ def export_gguf(
     Raises: ValueError, before any file appears, for a model of another kind, one with missing or unknown tensors, a
         tokenizer or a setting that llama.cpp cannot express, or a missing ``llama-quantize``.
     """
-    if dtype not in TYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(TYPES)}; other types of text go in quantize")
-    tool = shutil.which("llama-quantize")
-    if quantize and not tool:
-        raise ValueError(f"quantize={quantize!r} needs llama.cpp's llama-quantize on the PATH; dtype='q8_0' does not")
+    tool = quantizer(dtype, quantize)
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, state = plain.config, merged_tensors(plain)
     if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "llava"):
@@ -100,7 +77,7 @@ def export_gguf(
             f"model type {config.model_type!r} cannot be exported; Qwen2-VL, Qwen2.5-VL and Llava 1.5 can "
             "(llama.cpp reads no Mllama)"
         )
-    text_kind, text_values = _text_values(config.get_text_config())
+    text_kind, hyperparameters = text_values(config.get_text_config())
     vision = _qwen_vision if config.model_type.startswith("qwen") else _llava_vision
     vision_values, vision_names = vision(config, processor.image_processor)
     text, tower = _named(state, vision_names, config)
@@ -112,13 +89,10 @@ def export_gguf(
     final = folder / f"model-{(quantize or dtype).lower()}.gguf", folder / f"mmproj-{mmproj_type}.gguf"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         made = Path(scratch) / "text.gguf", Path(scratch) / "mmproj.gguf"
-        _write(made[0], text_kind, {**text_values, **words}, text, "f16" if quantize else dtype)
-        _write(made[1], "clip", vision_values, tower, mmproj_type)
+        write_gguf(made[0], text_kind, {**hyperparameters, **words}, text, "f16" if quantize else dtype)
+        write_gguf(made[1], "clip", vision_values, tower, mmproj_type)
         if quantize:
-            whole, made = made[0], (Path(scratch) / "quantized.gguf", made[1])
-            done = subprocess.run([tool, whole, made[0], quantize], capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"llama-quantize refused {quantize!r}: {done.stderr.strip()[-300:]}")
+            made = quantize_gguf(tool, made[0], quantize), made[1]
         for source, target in zip(made, final, strict=True):
             os.replace(source, target)
     return final
@@ -127,58 +101,19 @@ def export_gguf(
 def _named(state: Tensors, vision_names: Iterable[tuple[str, str]], config: Any) -> tuple[Tensors, Tensors]:
     """The tensors of both files by llama.cpp's names; raises where one is unknown or missing."""
     text_config = config.get_text_config()
-    text, tower, unknown = {}, {}, []
-    for name, read in state.items():
-        for names, target in ((TEXT_NAMES, text), (vision_names, tower)):
-            hits = [(re.fullmatch(pattern, name), new) for pattern, new in names]
-            hit = next(((match, new) for match, new in hits if match), None)
-            if hit:
-                if hit[1]:
-                    target[hit[0].expand(hit[1])] = read
-                break
-        else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"{len(unknown)} tensors have no place in llama.cpp's files, such as {unknown[:3]}")
-    if text_config.tie_word_embeddings or getattr(config, "tie_word_embeddings", False):
-        text.pop("output.weight", None)
-        wanted = {"token_embd.weight", "output_norm.weight"}
-    else:
-        wanted = {"token_embd.weight", "output_norm.weight", "output.weight"}
-    parts = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    wanted |= {f"blk.{i}.{part}.weight" for i in range(text_config.num_hidden_layers) for part in parts}
+    text, tower = renamed(state, TEXT_NAMES, vision_names)
+    text, missing = finished_text(text, text_config, tied=getattr(config, "tie_word_embeddings", False))
     vision = config.vision_config
     layers = getattr(vision, "depth", None) or vision.num_hidden_layers
     attention = ("attn_qkv",) if config.model_type.startswith("qwen") else ("attn_q", "attn_k", "attn_v")
     parts = (*attention, "attn_out", "ln1", "ln2", "ffn_up", "ffn_down")
     wanted_tower = {f"v.blk.{i}.{part}.weight" for i in range(layers) for part in parts}
     wanted_tower |= {"v.patch_embd.weight", "mm.0.weight", "mm.2.weight"}
-    if missing := sorted((wanted - text.keys()) | (wanted_tower - tower.keys())):
+    if missing := sorted(missing | (wanted_tower - tower.keys())):
         raise ValueError(f"the model is incomplete: {len(missing)} tensors are missing, such as {missing[:3]}")
-    if text_config.model_type in ("llama", "mistral"):
-        _interleave_rope(text, text_config)
-    if (frequencies := _rope_factors(text_config)) is not None:
-        text["rope_freqs.weight"] = lambda: frequencies
     if config.model_type.startswith("qwen"):
         tower = _split_qwen(tower)
     return text, tower
-
-
-def _interleave_rope(text: Tensors, config: Any) -> None:
-    """llama.cpp's Llama rotates neighbouring channels, transformers' rotates halves: reorder q and k to match."""
-
-    def reorder(read: Callable[[], torch.Tensor], heads: int) -> Callable[[], torch.Tensor]:
-        def read_reordered() -> torch.Tensor:
-            weight = read()
-            halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-            return halves.transpose(1, 2).reshape(weight.shape)
-
-        return read_reordered
-
-    for name in text:
-        if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name):
-            heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-            text[name] = reorder(text[name], heads)
 
 
 def _split_qwen(tower: Tensors) -> Tensors:
@@ -194,44 +129,6 @@ def _split_qwen(tower: Tensors) -> Tensors:
         else:
             split[name] = read
     return split
-
-
-def _text_values(config: Any) -> tuple[str, dict[str, Any]]:
-    """llama.cpp's name for the text model, and its hyperparameters."""
-    if config.model_type not in TEXT_KINDS:
-        raise ValueError(f"text model {config.model_type!r} cannot be exported; known: {', '.join(TEXT_KINDS)}")
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act={config.hidden_act!r} of the text model is not silu, all that llama.cpp has here")
-    kind, rope = TEXT_KINDS[config.model_type], config.rope_parameters
-    heads = config.num_attention_heads
-    values = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "rope.freq_base": float(rope["rope_theta"]),
-        "vocab_size": config.vocab_size,
-    }
-    if kind == "qwen2vl":
-        values["rope.dimension_sections"] = [*rope["mrope_section"], 0]
-    elif rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"rope_type={rope['rope_type']!r} cannot be exported; default and llama3 can")
-    return kind, {f"{kind}.{key}": value for key, value in values.items()}
-
-
-def _rope_factors(config: Any) -> torch.Tensor | None:
-    """What llama.cpp divides each rotation's frequency by, for Llama 3's stretched context."""
-    if config.rope_parameters.get("rope_type") != "llama3":
-        return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)
-    return plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
 
 
 def _qwen_vision(config: Any, image_processor: Any) -> tuple[dict[str, Any], Iterable[tuple[str, str]]]:
@@ -302,37 +199,3 @@ def _vision_values(projector: str, image_processor: Any, head_count: int, eps: f
         "clip.vision.image_mean": [float(x) for x in image_processor.image_mean],
         "clip.vision.image_std": [float(x) for x in image_processor.image_std],
     }
-
-
-def _write(path: Path, kind: str, values: dict[str, Any], tensors: Tensors, dtype: str) -> None:
-    """One GGUF file; tensors pass through a temporary file, so that memory holds one of them at a time."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, kind, use_temp_file=True)
-    file_type = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
-                 "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype]  # fmt: skip
-    writer.add_file_type(file_type)
-    for key, value in values.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    for name, read in tensors.items():
-        array = np.ascontiguousarray(read().float().numpy())
-        if array.ndim == 1 or dtype == "f32" or "position_embd" in name:
-            writer.add_tensor(name, array)
-        elif dtype == "q8_0" and array.shape[-1] % 32 == 0:
-            quantised = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, array.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

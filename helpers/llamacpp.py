@@ -80,15 +80,15 @@ def library_path(fetch: bool = False) -> Path | None:
 
 
 class LlamaCpp:
-    """A text GGUF and its mmproj, loaded on the CPU in float32 arithmetic.
+    """A text GGUF and its mmproj, if it has one, loaded on the CPU in float32 arithmetic.
 
     Args:
         model: the text file.
-        mmproj: the vision file.
+        mmproj: the vision file, or None.
         context: tokens.
     """
 
-    def __init__(self, model: str | Path, mmproj: str | Path, context: int = 1024):
+    def __init__(self, model: str | Path, mmproj: str | Path | None = None, context: int = 1024):
         path = library_path()
         if path is None:
             raise ValueError(f"llama.cpp is not here; pip install {WHEEL}, or call library_path(fetch=True) once")
@@ -120,11 +120,11 @@ class LlamaCpp:
         vision = lib.mtmd_context_params_default()
         vision.use_gpu, vision.warmup, vision.n_threads, vision.flash_attn_type = False, False, 1, 0
         vision.image_min_tokens = 1
-        self.vision = lib.mtmd_init_from_file(str(mmproj).encode(), ctypes.c_void_p(self.model), vision)
-        if not (self.context and self.vision):
-            raise ValueError(f"llama.cpp refused {mmproj}")
-        vocab = ctypes.c_void_p(lib.llama_model_get_vocab(ctypes.c_void_p(self.model)))
-        self.vocab_size = lib.llama_vocab_n_tokens(vocab)
+        self.vision = mmproj and lib.mtmd_init_from_file(str(mmproj).encode(), ctypes.c_void_p(self.model), vision)
+        if not self.context or (mmproj and not self.vision):
+            raise ValueError(f"llama.cpp refused {mmproj or model}")
+        self.vocab = ctypes.c_void_p(lib.llama_model_get_vocab(ctypes.c_void_p(self.model)))
+        self.vocab_size = lib.llama_vocab_n_tokens(self.vocab)
         self.width = lib.llama_model_n_embd(ctypes.c_void_p(self.model))
 
     def read(self, prompt: str, images: Sequence[Image.Image]) -> tuple[list[int], list[np.ndarray], np.ndarray]:
@@ -132,8 +132,13 @@ class LlamaCpp:
 
         Args:
             prompt: rendered text, with ``<__media__>`` for each image (which brings its own markers around it).
-            images: in the order of their places, RGB.
+            images: in the order of their places, RGB; none without an mmproj.
         """
+        if not self.vision:
+            ids = self._tokens(prompt)
+            self.lib.llama_memory_clear(ctypes.c_void_p(self.lib.llama_get_memory(ctypes.c_void_p(self.context))), True)
+            self.position = 0
+            return ids, [], self._next(*ids)
         lib, chunks = self.lib, ctypes.c_void_p(self.lib.mtmd_input_chunks_init())
         pixels = [np.ascontiguousarray(np.asarray(image.convert("RGB"))) for image in images]
         bitmaps = (ctypes.c_void_p * len(images))(
@@ -179,15 +184,26 @@ class LlamaCpp:
             logits = self._next(said[-1])
         return said
 
-    def _next(self, token: int) -> np.ndarray:
-        batch = self.lib.llama_batch_init(1, 0, 1)
-        batch.n_tokens, batch.token[0], batch.pos[0], batch.n_seq_id[0] = 1, token, self.position, 1
-        batch.seq_id[0][0], batch.logits[0] = 0, 1
+    def _tokens(self, text: str) -> list[int]:
+        raw = text.encode()
+        ids = (ctypes.c_int32 * (len(raw) + 8))()
+        count = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(ids), False, True)
+        if count < 0:
+            raise ValueError(f"llama.cpp cannot tokenize {text!r}")
+        return list(ids[:count])
+
+    def _next(self, *tokens: int) -> np.ndarray:
+        """Read further tokens; the logits after the last."""
+        batch = self.lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self.position + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
         failed = self.lib.llama_decode(ctypes.c_void_p(self.context), batch)
         self.lib.llama_batch_free(batch)
         if failed:
-            raise ValueError(f"llama.cpp failed to read a token: {failed}")
-        self.position += 1
+            raise ValueError(f"llama.cpp failed to read {len(tokens)} tokens: {failed}")
+        self.position += len(tokens)
         return self._logits()
 
     def _logits(self) -> np.ndarray:
@@ -196,6 +212,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Give the memory back."""
-        self.lib.mtmd_free(ctypes.c_void_p(self.vision))
+        if self.vision:
+            self.lib.mtmd_free(ctypes.c_void_p(self.vision))
         self.lib.llama_free(ctypes.c_void_p(self.context))
         self.lib.llama_model_free(ctypes.c_void_p(self.model))

@@ -30,16 +30,16 @@ def merge(adapter: str, output_dir: str, dtype: torch.dtype = torch.float16) -> 
     Raises:
         ValueError: ``adapter`` holds no adapter, or ``output_dir`` exists already.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoTokenizer
 
+    from .adapters import base_of
     from .checkpoints import load_base
 
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"{adapter!r} holds no adapter_config.json; give the --output_dir of a training run")
+    name = base_of(adapter)
     if Path(output_dir).exists():
         raise ValueError(f"{output_dir!r} exists; give a new folder")
-    base = load_base(PeftConfig.from_pretrained(adapter).base_model_name_or_path, dtype).model
+    base = load_base(name, dtype).model
     base = base.dequantize(dtype=dtype)
     model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     if hasattr(model.config, "quantization_config"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import gguf_tokenizer, gguf_vision, llamacpp, tiny_vision, vision_digits
+from helpers import gguf_text, gguf_tokenizer, gguf_vision, llamacpp, tiny_vision, vision_digits
 from helpers.gguf_vision import export_gguf
 from helpers.image_resize import ImageSize
 from helpers.lora_tensors import merged_tensors
@@ -112,18 +112,18 @@ def test_nothing_is_written_for_what_cannot_be_exported(tmp_path, monkeypatch):
             export_gguf(bad, processor, tmp_path / "out")
     with pytest.raises(ValueError, match="dtype='q4'"):
         export_gguf(model(), processor, tmp_path / "out", "q4")
-    monkeypatch.setattr(gguf_vision.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gguf_text.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs llama.cpp's llama-quantize"):
         export_gguf(model(), processor, tmp_path / "out", quantize="Q4_K_M")
     assert not (tmp_path / "out").exists()
-    write = gguf_vision._write
+    write = gguf_vision.write_gguf
 
     def breaks(path, kind, *rest):
         write(path, kind, *rest)
         if kind == "clip":
             raise OSError("disk full")
 
-    monkeypatch.setattr(gguf_vision, "_write", breaks)
+    monkeypatch.setattr(gguf_vision, "write_gguf", breaks)
     with pytest.raises(OSError, match="disk full"):
         export_gguf(model(), processor, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

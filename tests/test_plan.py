@@ -142,7 +142,7 @@ def test_plan_loads_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert main([*given, "--output_dir", str(out)]) == 0
     said = capsys.readouterr().out
     assert not out.exists() and "RANDOM weights" in said
-    for part in "device dtype NF4 loss attention compile checkpointing optimizer FSDP2".split():
+    for part in ["device", "dtype", "NF4", "loss", "attention", "compile", "checkpointing", "optimizer", "FSDP2"]:
         assert any(line.startswith(part) for line in said.splitlines())
     assert "eager                --attention asks for it" in said
     numbers = {line[:44].strip(): float(line[44:]) for line in said.splitlines() if line[44:].strip()[:1].isdigit()}
