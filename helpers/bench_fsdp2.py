@@ -11,14 +11,14 @@ others wait and use neither GPU nor processor. Rows go to ``fsdp2_bench.csv`` as
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import importlib
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -28,19 +28,22 @@ from typing import Any
 from . import bench_trainer
 from .memory import GIB
 from .ranks import Job, places
+from .turns import take_turn, turn, wait_for_file, warm
 
 WARMUP = 2  # steps that compile and fill the allocator
 CONTEXT_GIB = 1.0  # of a process beside what is capped: CUDA's context, NCCL's buffers
 DEFAULT_RUNS = ("2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "2:ours, bitsandbytes' linear",
-                "2:ours, float32 AdamW")  # fmt: skip
+                "2:ours, float32 AdamW", "2:torch AO's NF4 in ours")  # fmt: skip
 # Flags of helpers.train that a contender has besides Case's.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, 8-bit Adam": {},
     "ours, float32 AdamW": {"optimizer": "adamw_torch"},
     "ours, bitsandbytes' linear": {"nf4": "bitsandbytes"},
     "ours, eager": {"compile": False},
+    "torch AO's NF4 in ours": {"nf4": "bitsandbytes"},
     "unsloth": {},
 }
+PACKAGES = {"torch AO's NF4 in ours": "torchao", "unsloth": "unsloth"}  # that a contender needs
 
 
 @dataclass(frozen=True)
@@ -63,90 +66,27 @@ class Case:
 # In a contender's processes
 
 
-def ours(case: Case, flags: dict[str, Any], ranks: int, output_dir: Path, callbacks: list) -> None:
+def ours(case: Case, name: str, ranks: int, output_dir: Path, callbacks: list) -> None:
     """One run of helpers.train in this process, a rank of ``ranks`` or alone."""
+    from .torchao_nf4 import torchao_weights
     from .train import TrainArguments, train
 
-    arguments = {"compile": True, "nf4": "triton", "optimizer": "adamw_8bit"} | flags
-    train(TrainArguments(
-        model=case.model, dataset=case.rows, output_dir=str(output_dir), steps=case.steps,
-        batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
-        lora_rank=case.lora_rank, deterministic=False, prompt="", fsdp2=ranks > 1, **arguments,
-    ), callbacks)  # fmt: skip
+    arguments = {"compile": True, "nf4": "triton", "optimizer": "adamw_8bit"} | CONTENDERS[name]
+    with torchao_weights() if PACKAGES.get(name) == "torchao" else contextlib.nullcontext():
+        train(TrainArguments(
+            model=case.model, dataset=case.rows, output_dir=str(output_dir), steps=case.steps,
+            batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
+            lora_rank=case.lora_rank, deterministic=False, prompt="", fsdp2=ranks > 1, **arguments,
+        ), callbacks)  # fmt: skip
 
 
 def unsloth(case: Case, folder: Path, limit_s: float, callbacks: list) -> None:
     """Unsloth's own loading, LoRA, checkpointing and, by UNSLOTH_FSDP2=1, sharding. AGPL: run, not copied."""
-    _wait_for(folder, limit_s, "saved weights")
+    wait_for_file(folder, limit_s, "saved weights")
     bench_trainer.unsloth(bench_trainer.Case(
         "FSDP2", "", case.rows.removeprefix("random:"), case.max_length, True, batch_size=case.batch_size,
         accumulation=case.accumulation, lora_rank=case.lora_rank, steps=case.steps, optimizer="adamw_8bit",
     ), str(folder), callbacks)  # fmt: skip
-
-
-def _wait_for(path: Path, limit_s: float, what: str) -> None:
-    until, parent = time.monotonic() + limit_s, os.getppid()
-    while not path.exists():
-        if time.monotonic() > until or os.getppid() != parent:  # the bench itself may have been killed
-            raise TimeoutError(f"{what} did not come within {limit_s:.0f} s")
-        time.sleep(0.02)
-
-
-def _turn(folder: Path, limit_s: float):
-    """The callback that times a contender: warmed up it says so and waits for its turn; then every step counts whole.
-
-    When the last step is done it writes what it found and ends the process: to save an adapter of 0.7 GB that nobody
-    wants would take longer than the steps, at the cost of the contender that is next.
-    """
-    import torch
-    from transformers import TrainerCallback
-
-    rank = os.environ.get("RANK", "0")
-
-    class Turn(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
-            if state.global_step == WARMUP:
-                self.seconds: list[float] = []
-                (folder / f"ready {rank}").touch()
-                _wait_for(folder / "go", limit_s, "a turn")
-            elif state.global_step > WARMUP:
-                self.seconds.append(time.perf_counter() - self.began)
-            self.began = time.perf_counter()
-
-        def on_train_end(self, args, state, control, **kwargs):
-            found = {
-                "seconds": self.seconds, "losses": [row["loss"] for row in state.log_history if "loss" in row],
-                "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-                "reserved_gib": torch.cuda.max_memory_reserved() / GIB, "memory": timeline.rows,
-            }  # fmt: skip
-            scratch = folder / f"scratch {rank}"
-            scratch.write_text(json.dumps(found), encoding="utf-8")
-            os.replace(scratch, folder / f"measured {rank}")
-            os._exit(0)
-
-    timeline = _Timeline()
-    return Turn()
-
-
-class _Timeline:
-    """``rows``: this process's GPU memory as PyTorch's allocator counts it, five times a second from now on."""
-
-    def __init__(self):
-        self.rows: list[dict[str, float]] = []
-        threading.Thread(target=self._sample, daemon=True).start()
-
-    def _sample(self) -> None:
-        import torch
-
-        started = time.perf_counter()
-        while True:
-            self.rows.append({
-                "seconds": round(time.perf_counter() - started, 1),
-                "allocated_gib": round(torch.cuda.memory_allocated() / GIB, 3),
-                "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 3),
-            })  # fmt: skip
-            time.sleep(0.2)
 
 
 def _in_rank(request: dict[str, Any]) -> None:
@@ -159,11 +99,11 @@ def _in_rank(request: dict[str, Any]) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib * GIB / total))
     if name == "unsloth":  # before everything that it patches, and while the weights are being saved
         importlib.import_module("unsloth")
-    turn = [_turn(folder, request["limit_s"])]
+    times = [turn(folder, request["limit_s"], WARMUP)]
     if name == "unsloth":
-        unsloth(case, Path(request["saved"]), request["limit_s"], turn)
+        unsloth(case, Path(request["saved"]), request["limit_s"], times)
     else:
-        ours(case, CONTENDERS[name], request["ranks"], folder / "run", turn)
+        ours(case, CONTENDERS[name], request["ranks"], folder / "run", times)
 
 
 # In the process that starts them
@@ -217,7 +157,7 @@ class Bench:
         try:
             while self.running or self.waiting:
                 self._fill()
-                self._warm()
+                warm(self.running.values(), self.limit_s, self._given_up)
                 for run in list(self.running):
                     self._take_turn(run)
         finally:
@@ -247,35 +187,29 @@ class Bench:
             job = self._job(run.replace(":", " "), [*self.entry, json.dumps(request)], ranks, **environment).start()
             self.running[run] = job, folder, time.monotonic() + self.limit_s
 
-    def _warm(self) -> None:
-        """Wait until every contender that runs is ready for its turn, has ended, or is late."""
-        for job, folder, late in self.running.values():
-            while not job.ended() and len(list(folder.glob("ready *"))) < len(job.processes):
-                if self.saving and self.saving.ended() and self.saving.failure and "unsloth" in job.name:
-                    job.stop(f"its weights could not be saved: {self.saving.failure}")
-                elif time.monotonic() > late:
-                    job.stop(f"had not warmed up after {self.limit_s:.0f} s")
-                time.sleep(0.05)
+    def _given_up(self, job: Job) -> str:
+        failed = self.saving and self.saving.ended() and self.saving.failure and "unsloth" in job.name
+        return f"its weights could not be saved: {self.saving.failure}" if failed else ""
 
     def _take_turn(self, run: str) -> None:
         job, folder, _ = self.running[run]
-        late = time.monotonic() + self.limit_s / 3
-        (folder / "go").touch()
-        while not job.ended():
-            if time.monotonic() > late:
-                job.stop(f"timed steps were not done after {self.limit_s / 3:.0f} s")
-            time.sleep(0.05)
+        found = take_turn(job, folder, self.limit_s / 3)
         del self.running[run]
         gpus, name = run.split(":", 1)
         row: dict[str, Any] = {"gpus": int(gpus), "contender": name, "error": job.failure}
         if not job.failure:
-            found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("measured *"))]
             for rank, each in enumerate(found):
                 _write_csv(each.pop("memory"), self.out / f"{job.name}, memory of GPU {rank}.csv")
             row |= _row(self.case, int(gpus), found)
         self.rows.append(row)
         _write_csv(self.rows, self.out / "fsdp2_bench.csv")
         print(_line(row), flush=True)
+
+
+def possible(runs: Iterable[str] = DEFAULT_RUNS) -> list[str]:
+    """Those of ``runs`` whose packages are installed here."""
+    needed = {run: PACKAGES.get(run.split(":", 1)[1]) for run in runs}
+    return [run for run, package in needed.items() if package is None or importlib.util.find_spec(package)]
 
 
 def _row(case: Case, gpus: int, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -294,7 +228,7 @@ def _row(case: Case, gpus: int, found: list[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m helpers.bench_fsdp2", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_fsdp2"), help="folder of fsdp2_bench.csv")
-    parser.add_argument("--runs", nargs="*", default=list(DEFAULT_RUNS), help="GPUS:CONTENDER")
+    parser.add_argument("--runs", nargs="*", default=possible(), help="GPUS:CONTENDER")
     parser.add_argument("--model", default=Case.model)
     parser.add_argument("--steps", type=int, default=Case.steps)
     parser.add_argument("--limit", type=int, default=180, help="seconds within which a contender must have warmed up")
