@@ -69,8 +69,8 @@ def _facts(python: str) -> dict:
 
 def _upgrade(python: str, torch: str) -> None:
     """Have pip bring NEWEST, and of what they need only what is too old; ``torch`` is held."""
-    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "2", "--upgrade"]
-    done = subprocess.run([*command, *NEWEST, torch], capture_output=True, text=True)
+    options = ["-q", "--disable-pip-version-check", "--retries", "2", "--no-compile", "--upgrade"]
+    done = subprocess.run([python, "-m", "pip", "install", *options, *NEWEST, torch], capture_output=True, text=True)
     if "Retry(total=0" in done.stderr or (done.returncode and is_network_error(done.stderr)):
         # pip ends well where it cannot ask and finds an older one installed
         raise NoIndexError("the package index cannot be reached")

@@ -84,8 +84,10 @@ def _not_passed() -> str:
 
 
 def _open() -> str:
-    lines = ["| notebook | open it |", "|---|---|"]
-    lines += [_row(f"{item.letter}. {item.title}", catalogue.badges(item.path.stem)) for item in catalogue.notebooks()]
+    lines, notebooks = ["| notebook | open it |", "|---|---|"], catalogue.notebooks()
+    lines += [_row(f"{item.letter}. {item.title}", catalogue.badges(item.path.stem)) for item in notebooks]
+    if new := [item.letter for item in notebooks if not catalogue.last_results(item.letter, rehearsal=True)]:
+        lines += ["", f"The copies there of {', '.join(new)} were not executed before they were committed."]
     if catalogue.slug().startswith("OWNER/"):
         lines += ["", "These links hold once `python3 -m helpers build --slug owner/name` has named the repository."]
     return "\n".join(lines)
