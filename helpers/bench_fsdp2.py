@@ -142,10 +142,8 @@ class Bench:
         self.scratch = tempfile.TemporaryDirectory(prefix="fsdp2-bench-", ignore_cleanup_errors=True)
         self.saved = Path(self.scratch.name, "model") if self.case.model.startswith("shape:") else Path(self.case.model)
         if not self.saved.exists() and any(run.endswith(":unsloth") for run in self.waiting):
-            code = ("import os, sys, pathlib; from helpers.bench_trainer import save_shape; "
-                    "save_shape(sys.argv[1], pathlib.Path(sys.argv[2] + '.partial')); "
-                    "os.rename(sys.argv[2] + '.partial', sys.argv[2])")  # fmt: skip
-            self.saving = self._job("model", ["-c", code, self.case.model.removeprefix("shape:"), str(self.saved)], 0)
+            arguments = ["-c", bench_trainer.SAVE, self.case.model.removeprefix("shape:"), str(self.saved)]
+            self.saving = self._job("model", arguments, 0)
             self.saving.start()
             while self.at_once == 1 and not self.saving.ended():  # its memory is the first contender's
                 time.sleep(0.1)

@@ -171,17 +171,17 @@ if pipelined:
 # until everything else has ended. It is timed further down.
 
 # %%
-import importlib.util
-
 from helpers import bench_fsdp2
 
 sections.begin("B.speed")
 bench = None
 if GPUS >= 2 and BENCH:
-    alone = ranks.places(14.7 + 1, cores=6) == 1  # as on a T4: one after the other, and slowly
-    contenders = [run for run in bench_fsdp2.DEFAULT_RUNS if "unsloth" not in run or importlib.util.find_spec("unsloth")]
-    bench = bench_fsdp2.Bench(bench_fsdp2.Case(), contenders, results.folder / "B_bench", limit_s=3600 if alone else 270)
-    if not alone:
+    contenders = bench_fsdp2.possible()
+    roomy = ranks.places(10.5, cores=5) >= len(contenders)  # below their cap none of them takes more than that
+    bench = bench_fsdp2.Bench(
+        bench_fsdp2.Case(), contenders, results.folder / "B_bench", limit_s=270 if roomy else 3600, at_once=len(contenders) if roomy else 1
+    )
+    if roomy:
         bench.start()
 
 # %% [markdown]
@@ -330,8 +330,9 @@ else:
 # ## The 8B shape beside Unsloth
 # Llama 3.1 8B's shape with random weights, rows of 2048 tokens, batch 2 x 4, LoRA of rank 64, each GPU's memory capped at
 # a T4's 14.7 GiB. Ours: base truly sharded, blocks compiled, loss in chunks; with part A's kernel and with bitsandbytes'
-# own linear layer; on one GPU too. Unsloth replicates the frozen weights when they fit, and shards what is trained. All
-# have warmed up by now; each takes its timed steps with nobody beside it, and then leaves.
+# own linear layer; on one GPU too. Unsloth replicates the frozen weights when they fit, and shards what is trained. Torch
+# AO's NF4 tensors, where that package is installed, in our trainer in place of our own. All have warmed up by now; each takes
+# its timed steps with nobody beside it, and then leaves.
 
 # %%
 BENCHES = {
