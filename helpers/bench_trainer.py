@@ -4,18 +4,18 @@
 
 Each contender runs in a process of its own (Unsloth patches TRL when it is imported), on the same random rows of token
 ids, the same batches, sequence lengths, LoRA and optimizer, over published shapes with RANDOM weights: this measures
-speed and memory, and that the losses agree. Rows go to `trainer_bench.csv`.
+speed and memory, and that the losses agree. They warm up side by side and are timed in turn (helpers/turns.py). Rows
+go to `trainer_bench.csv` as soon as they are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .ranks import Job, places
+from .turns import take_turn, turn, wait_for_file, warm
+
+GIB_EACH = 10.0  # of a GPU, at most, for a contender that shares it with others while they warm up
+SAVE = ("import os, sys, pathlib; from helpers.bench_trainer import save_shape; part = sys.argv[2] + '.partial'; "
+        "save_shape(sys.argv[1], pathlib.Path(part)); os.rename(part, sys.argv[2])")  # fmt: skip
+ENTRY = ["-m", "helpers.bench_trainer", "--one"]
 CONTENDERS = ("stock", "unsloth", "ours")
 WARMUP = 4  # steps that compile and fill the allocator
 
@@ -41,7 +48,7 @@ class Case:
     batch_size: int = 2
     accumulation: int = 4
     lora_rank: int = 32
-    steps: int = 14
+    steps: int = 12
     optimizer: str = "adamw_torch_fused"
 
 
@@ -54,27 +61,20 @@ CASES = (
 )
 
 
-def ours(case: Case, stock: bool, folder: str) -> dict[str, Any]:
+def ours(case: Case, stock: bool, folder: str, callbacks: Sequence[Any] = ()) -> None:
     """Our trainer with everything on, or (``stock``) with every part of ours off."""
     from .train import TrainArguments, train
 
     parts = {"nf4": "bitsandbytes", "loss": "trl", "attention": "stock"} if stock else {"compile": True}
-    result = train(TrainArguments(
+    train(TrainArguments(
         model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps, optimizer=case.optimizer,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
         packing=case.packing, checkpointing=case.checkpointing, lora_rank=case.lora_rank, deterministic=False,
         prompt="", **parts,
-    ))  # fmt: skip
-    return {
-        "seconds": [row["step_s"] for row in result.rows],
-        "losses": result.losses,
-        "allocated_gib": result.peak_allocated_gib,
-        "reserved_gib": result.peak_reserved_gib,
-        "trainable_dtype": "float32",
-    }
+    ), list(callbacks))  # fmt: skip
 
 
-def unsloth(case: Case, folder: str, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+def unsloth(case: Case, folder: str, callbacks: Sequence[Any] = ()) -> None:
     """Unsloth's own loading, LoRA and checkpointing under the same SFTConfig. AGPL: run, not copied."""
     import unsloth  # noqa: F401, I001  before everything that it patches
     import torch
@@ -83,38 +83,26 @@ def unsloth(case: Case, folder: str, callbacks: Sequence[Any] = ()) -> dict[str,
 
     from .checkpoints import LORA_TARGETS
     from .instruction_data import load_instructions
-    from .memory import peak_gib
-    from .train import StepLog
 
     model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=case.max_length, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(
         model, r=case.lora_rank, lora_alpha=2 * case.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0,
         bias="none", use_gradient_checkpointing="unsloth" if case.checkpointing else False, random_state=3407,
     )  # fmt: skip
-    output = Path(tempfile.mkdtemp())
-    log = StepLog(output / "train_log.csv", keep_up_to=0)
     trainer = SFTTrainer(
         model=model,
         train_dataset=load_instructions(_rows(case), vocab_size=model.config.vocab_size),
         processing_class=tokenizer,
         args=SFTConfig(
-            output_dir=str(output), per_device_train_batch_size=case.batch_size, max_steps=case.steps,
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=case.batch_size, max_steps=case.steps,
             gradient_accumulation_steps=case.accumulation, max_length=case.max_length, packing=case.packing,
             padding_free=case.packing, learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=1, logging_steps=1,
             optim=case.optimizer, bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
         ),
-        callbacks=[log, *callbacks],
+        callbacks=list(callbacks),
     )  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    allocated, reserved = peak_gib()
-    return {
-        "seconds": [row["step_s"] for row in log.rows],
-        "losses": [row["loss"] for row in log.rows],
-        "allocated_gib": allocated,
-        "reserved_gib": reserved,
-        "trainable_dtype": str(next(p.dtype for p in model.parameters() if p.requires_grad))[6:],
-    }
 
 
 def _rows(case: Case) -> str:
@@ -130,77 +118,93 @@ def save_shape(shape: str, folder: Path) -> None:
     made.tokenizer.save_pretrained(folder)
 
 
-def measure(case: Case, contender: str, folder: Path, limit_s: int) -> dict[str, Any]:
-    """Run one contender in its own process; what it measured, or ``error``."""
-    request = json.dumps({"case": asdict(case), "contender": contender, "folder": str(folder)})
-    command = [sys.executable, "-m", "helpers.bench_trainer", "--one", request]
-    environment = os.environ | {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"}  # the padding is part of the case
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
-    except subprocess.TimeoutExpired as late:
-        return {"error": f"not done after {limit_s} s", "log": (late.stderr or b"").decode(errors="replace")[-3000:]}
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "log": done.stderr[-3000:]}
-    return json.loads(found[0].removeprefix("RESULT "))
+def one(case: Case, contender: str, saved: Path, folder: Path, limit_s: float) -> None:
+    """What a contender's process does: import, wait for the weights, train; ``folder`` is for its turn."""
+    importlib.import_module("unsloth" if contender == "unsloth" else "helpers.train")
+    wait_for_file(saved, limit_s, "saved weights")
+    callbacks = [turn(folder, limit_s, WARMUP)]
+    if contender == "unsloth":
+        unsloth(case, str(saved), callbacks)
+    else:
+        ours(case, contender == "stock", str(saved), callbacks)
+
+
+def bench(cases: Sequence[Case], contenders: Sequence[str], out: Path, limit_s: float) -> list[dict[str, Any]]:
+    """A row a case and contender that did not fail; ``limit_s``: seconds to warm up, a third of them for a turn."""
+    out.mkdir(parents=True, exist_ok=True)
+    waiting = [(case, name) for case in cases for name in contenders]
+    everything_s, rows = limit_s * (1 + len(waiting)), []
+    with tempfile.TemporaryDirectory(prefix="trainer-bench-", ignore_cleanup_errors=True) as scratch:
+
+        def job(name: str, arguments: list[str]) -> Job:
+            # The padding is part of the case; few of a compile worker a processor would ever have work.
+            environment = {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+            return Job(name, arguments, out / "logs", 0, everything_s, environment)
+
+        shapes = {case.shape for case in cases}
+        saving = [job(f"saving {s}", ["-c", SAVE, s, str(Path(scratch, s))]).start() for s in sorted(shapes)]
+        running: dict[tuple[Case, str], tuple[Job, Path, float]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < places(GIB_EACH, cores=2):
+                    case, name = waiting.pop(0)
+                    folder = Path(scratch, f"{case.name}, {name}")
+                    folder.mkdir()
+                    request = {"case": asdict(case), "contender": name, "folder": str(folder),
+                               "saved": str(Path(scratch, case.shape)), "limit_s": everything_s}  # fmt: skip
+                    started = job(folder.name, [*ENTRY, json.dumps(request)]).start()
+                    running[case, name] = started, folder, time.monotonic() + limit_s
+                warm(running.values(), limit_s)
+                for (case, name), (contender, folder, _) in running.items():
+                    found = take_turn(contender, folder, limit_s / 3)
+                    if not found:
+                        print(f"{case.name:26s} {name:8s} FAILED: {contender.failure}", flush=True)
+                        continue
+                    rows.append(_row(case, name, found[0]))
+                    _write(rows, out / "trainer_bench.csv")
+                running.clear()
+        finally:
+            for started in [*saving, *(contender for contender, _, _ in running.values())]:
+                started.stop("was interrupted")
+    return rows
+
+
+def _row(case: Case, contender: str, found: dict[str, Any]) -> dict[str, Any]:
+    from .host import machine, versions
+
+    row = {"case": case.name, "contender": contender, "step_s": round(statistics.median(found["seconds"]), 4)}
+    row |= {key: round(found[key], 3) for key in ("allocated_gib", "reserved_gib")}
+    row |= {"first_losses": " ".join(f"{x:.5f}" for x in found["losses"][:5])}
+    print(f"{case.name:26s} {contender:8s} {row['step_s']:7.3f} s  {row['allocated_gib']:6.2f} GiB  losses "
+          f"{row['first_losses']}", flush=True)  # fmt: skip
+    return row | {"trainable_dtype": found["trainable_dtype"], "machine": machine(), **versions()}
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m helpers.bench_trainer", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of trainer_bench.csv")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of trainer_bench.csv and of logs")
     parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES], help="names of cases, as listed")
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--limit", type=int, default=180, help="seconds a contender may take")
+    parser.add_argument("--limit", type=int, default=240, help="seconds within which a contender must have warmed up")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        request = json.loads(args.one)
-        case, folder = Case(**request["case"]), request["folder"]
-        run = unsloth(case, folder) if request["contender"] == "unsloth" else None
-        print("RESULT " + json.dumps(run or ours(case, request["contender"] == "stock", folder)))
+        asked = json.loads(args.one)
+        one(Case(**asked["case"]), asked["contender"], Path(asked["saved"]), Path(asked["folder"]), asked["limit_s"])
         return 0
     unknown = set(args.cases) - {case.name for case in CASES}
     if unknown:
         parser.error(f"unknown case {sorted(unknown)}; there are {[case.name for case in CASES]}")
-    from .host import machine, versions
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows, folders = [], {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in CASES:
-            if case.name not in args.cases:
-                continue
-            if case.shape not in folders:
-                folders[case.shape] = Path(scratch) / case.shape
-                subprocess.run(
-                    [sys.executable, "-c", "import sys; from pathlib import Path; from helpers.bench_trainer import "
-                     "save_shape; save_shape(sys.argv[1], Path(sys.argv[2]))", case.shape, folders[case.shape]],
-                    check=True, stderr=subprocess.DEVNULL,
-                )  # fmt: skip
-            for contender in args.contenders:
-                if contender == "unsloth" and not importlib.util.find_spec("unsloth"):
-                    continue
-                started = time.perf_counter()
-                got = measure(case, contender, folders[case.shape], args.limit)
-                row = {"case": case.name, "contender": contender, "wall_s": round(time.perf_counter() - started, 1)}
-                if "error" in got:
-                    print(f"{case.name:26s} {contender:8s} FAILED: {got['error']}\n{got.get('log', '')}", flush=True)
-                    continue
-                step = statistics.median(got["seconds"][WARMUP:])
-                row |= {"step_s": round(step, 4), "first_step_s": round(got["seconds"][0], 2)}
-                row |= {key: round(got[key], 3) for key in ("allocated_gib", "reserved_gib")}
-                row |= {"first_losses": " ".join(f"{x:.5f}" for x in got["losses"][:5])}
-                row |= {"trainable_dtype": got["trainable_dtype"], "machine": machine(), **versions()}
-                rows.append(row)
-                print(f"{case.name:26s} {contender:8s} {step:7.3f} s  {row['allocated_gib']:6.2f} GiB  first step "
-                      f"{row['first_step_s']:6.1f} s  losses {row['first_losses']}", flush=True)  # fmt: skip
-    if not rows:
-        return 1
-    with open(args.out / "trainer_bench.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return 0
+    contenders = [name for name in args.contenders if name != "unsloth" or importlib.util.find_spec("unsloth")]
+    cases = [case for case in CASES if case.name in args.cases]
+    return 0 if len(bench(cases, contenders, args.out, args.limit)) == len(cases) * len(contenders) else 1
 
 
 if __name__ == "__main__":

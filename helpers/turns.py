@@ -34,7 +34,7 @@ def wait_for_file(path: Path, limit_s: float, what: str) -> None:
 
 
 def turn(folder: Path, limit_s: float, warm_up: int):
-    """The trainer callback that times a contender: after ``warm_up`` steps it waits for its turn, then each step counts.
+    """The trainer callback that times a contender: after ``warm_up`` steps it waits, then each step counts.
 
     When the last step is done it writes what it found and ends the process: to save an adapter of 0.7 GB that nobody
     wants would take longer than the steps, at the cost of the contender that is next.

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from helpers import bench_trainer
 from helpers.bench_fsdp2 import Bench, Case
 
 STAND_IN = """
@@ -59,3 +60,32 @@ def test_contenders_take_turns_and_a_failed_one_stops_nobody(tmp_path):
 def test_an_unknown_contender_is_named():
     with pytest.raises(ValueError, match="'2:theirs' is not GPUS:CONTENDER"):
         Bench(Case(), ["2:theirs"], None, at_once=1)
+
+
+TRAINER_STAND_IN = """
+import json, pathlib, sys, time
+request = json.loads(sys.argv[1])
+folder, saved = pathlib.Path(request["folder"]), pathlib.Path(request["saved"])
+while not saved.exists():
+    time.sleep(0.01)
+if request["contender"] == "stock":
+    raise RuntimeError("out of memory")
+(folder / "ready 0").touch()
+while not (folder / "go").exists():
+    time.sleep(0.01)
+found = {"seconds": [3.0, 1.0, 2.0], "losses": [12.5, 12.25], "allocated_gib": 3.0, "reserved_gib": 4.0,
+         "trainable_dtype": "float32"}
+(folder / "measured 0").write_text(json.dumps(found))
+"""
+
+
+def test_the_trainers_bench_keeps_what_did_not_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_trainer, "ENTRY", ["-c", TRAINER_STAND_IN])
+    monkeypatch.setattr(bench_trainer, "SAVE", "import sys, pathlib; pathlib.Path(sys.argv[2]).mkdir()")
+    rows = bench_trainer.bench(bench_trainer.CASES[:2], ("stock", "ours"), tmp_path, limit_s=20)
+    assert [(row["case"], row["contender"], row["step_s"]) for row in rows] == [
+        (case.name, "ours", 2.0) for case in bench_trainer.CASES[:2]
+    ]
+    with open(tmp_path / "trainer_bench.csv", newline="") as file:
+        assert [row["first_losses"] for row in csv.DictReader(file)] == ["12.50000 12.25000"] * 2
+    assert "stock    FAILED: rank 0 ended with code 1: RuntimeError: out of memory" in capsys.readouterr().out
