@@ -85,6 +85,54 @@ def parse(text: str) -> Reply:
     return Reply("".join(words).strip(), calls[:MOST_CALLS], faults)
 
 
+def stream(pieces: Iterable[str]) -> Iterator[str | Call]:
+    """A turn while it is being written: its words, and each call as soon as its JSON is whole, in order.
+
+    Args:
+        pieces: the text as it comes, cut anywhere.
+
+    Yields: what :func:`parse` finds in the whole text, words (``str``) and calls (``dict``). What cannot be read, or
+        not yet, is held back; at the end faults come as ``{"fault": ...}``.
+    """
+    held, calls, after_call = "", 0, False
+    for piece in pieces:
+        held += piece
+        ended = END in held
+        held = held.split(END)[0]
+        while True:
+            if after_call:  # the closing tag belongs to the call
+                rest = held.lstrip()
+                if CLOSE.startswith(rest) and not ended:
+                    break
+                held, after_call = rest.removeprefix(CLOSE) if rest.startswith(CLOSE) else held, False
+            begin = held.find(OPEN)
+            words = held[:begin] if begin >= 0 else held[: len(held) - _begun(held)]
+            if words:
+                yield words
+            held = held[len(words) :]
+            if begin < 0:
+                break
+            text = held[len(OPEN) :].lstrip()
+            try:
+                call, at = _JSON.raw_decode(text)
+                call = _call(call)
+            except (ValueError, RecursionError):  # not whole yet, or never: the end will tell
+                break
+            if calls == MOST_CALLS:
+                break
+            yield call
+            held, calls, after_call = text[at:], calls + 1, True
+        if ended:
+            break
+    if after_call:
+        rest = held.lstrip()
+        held = rest.removeprefix(CLOSE) if rest.startswith(CLOSE) else held
+    last = parse(held)
+    yield from [last.content] if last.content else []
+    yield from last.calls[: MOST_CALLS - calls]
+    yield from ({"fault": fault} for fault in last.faults)
+
+
 def check(value: Any, schema: Mapping[str, Any], where: str = "arguments") -> list[str]:
     """What is wrong with ``value`` by a JSON schema of the kind that ``get_json_schema`` and BFCL make; empty: nothing.
 
@@ -277,6 +325,14 @@ def _last_words(tool_calls: Sequence[Mapping[str, Any]], draw: random.Random) ->
 
 
 _WORDS = ("cloudy", "Lisbon", "approved", "three of them", "blue", "unknown", "in March", "done", "hydrogen", "Mozart")
+
+
+def _begun(text: str) -> int:
+    """Characters at the end of ``text`` that may be the beginning of a tag."""
+    for count in range(min(len(text), max(len(OPEN), len(END)) - 1), 0, -1):
+        if OPEN.startswith(text[-count:]) or END.startswith(text[-count:]):
+            return count
+    return 0
 
 
 def _call(value: Any) -> Call:

@@ -906,7 +906,7 @@ if GPU:
 
 # %%
 sections.begin("D7")
-from helpers.tool_calling import Tools, converse, evaluate, generate, parse, tool_tokenizer, training_rows
+from helpers.tool_calling import Tools, converse, evaluate, generate, parse, stream, tool_tokenizer, training_rows
 
 
 def circle_area(radius: float) -> float:
@@ -963,6 +963,18 @@ for message in conversation:
 answers = [message["content"] for message in conversation if message["role"] == "tool"]
 results.criterion("D7.safe", "five kinds of bad call answered with an error, two good ones run, none crashes",
                   sum('"error"' in a for a in answers) == 5 and sum('"result"' in a for a in answers) == 2)
+
+# %% [markdown]
+# **Several calls in a turn, read while it is written:** the first call is whole, and can run, before the second has begun. The
+# text comes in pieces of seven characters here, as a streamer would hand it over.
+
+# %%
+turn, told = mistakes[5], []
+for event in stream(turn[i : i + 7] for i in range(0, len(turn), 7)):
+    told.append(event)
+    print(f"{'says' if isinstance(event, str) else 'calls':6s} {event}")
+results.criterion("D7.stream", "words and parallel calls of a streamed turn are those of the whole text",
+                  ["".join(e for e in told if isinstance(e, str)).strip(), *(e for e in told if isinstance(e, dict))] == [parse(turn).content, *parse(turn).calls])
 
 # %% [markdown]
 # **The data:** BFCL's questions with their gold calls, several in one turn where the question asks for several, and

@@ -16,6 +16,7 @@ from helpers.tool_calling import (
     evaluate,
     generate,
     parse,
+    stream,
     tool_tokenizer,
     training_rows,
 )
@@ -106,6 +107,31 @@ def test_malformed_calls_are_faults_that_the_model_hears_of(tools, text):
 def test_a_good_call_among_bad_ones_runs():
     reply = parse(f"<tool_call>oops</tool_call>{call(a=1)}")
     assert len(reply.calls) == len(reply.faults) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 11, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hello", "a < b <tool", f"Well. {call(a=1)}\n{call(a=2)}<|im_end|>ignored {call()}", "",
+        call("say", text="a </tool_call> and <tool_call> in a string"), call(a=1).removesuffix("\n</tool_call>"),
+        f"<tool_call>oops</tool_call>{call(a=1)} and more", '<tool_call>12', f"{call(a=1)} then {call(a=2)} <|im_",
+        '<tool_call>{"name": "add", "arguments": {"a": 1}} no tag {}',
+    ],
+)  # fmt: skip
+def test_streaming_finds_what_the_whole_text_holds(text, size):
+    wanted, found = parse(text), list(stream(text[i : i + size] for i in range(0, len(text), size)))
+    words = "".join(event for event in found if isinstance(event, str))
+    assert words.split() == wanted.content.split()
+    assert [event for event in found if isinstance(event, dict) and "name" in event] == wanted.calls
+    assert [event["fault"] for event in found if isinstance(event, dict) and "fault" in event] == wanted.faults
+
+
+def test_a_streamed_call_is_known_before_the_next_begins():
+    pieces = iter([f"Two: {call(a=1)}", call(a=2)])
+    events = stream(pieces)
+    assert next(events) == "Two: " and next(events)["arguments"] == {"a": 1}
+    assert next(pieces) == call(a=2)  # not asked for yet
 
 
 @pytest.mark.parametrize(
