@@ -95,7 +95,7 @@ if GPU and MODEL == "embedded":
     checkpoints.embedded_folder()  # converted once, before two processes want it
 windows = ranks.Job("windows", ["-m", "helpers.windows", "--python", "3.12"], results.folder / "D_logs", limit_s=600).start()
 if host.add_unsloth():
-    in_unsloth = ranks.Job("unsloth", ["-m", "helpers.in_unsloth"], results.folder / "D_logs", limit_s=600).start()
+    in_unsloth = ranks.Job("unsloth", ["-m", "helpers.in_unsloth"], results.folder / "D_logs", limit_s=300).start()
 
 # %% [markdown]
 # ## 1. Vision: text and images mixed in a batch (1 point)
@@ -875,14 +875,14 @@ print(f"{'sdpa (stock)':16s} {' '.join(f'{loss:.5f}' for loss in stock)}")
 results.criterion("D6.training", "training steps of a stock model under every name against sdpa, worst relative", worst, "<= 5e-3" if GPU else "<= 1e-5")
 
 # %% [markdown]
-# **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask, timed once the programs
-# that were started at the top have ended. Left out on a CPU.
+# **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask, timed once the program
+# inside Unsloth has ended. Left out on a CPU.
 
 # %%
 from IPython.display import display
 
 if GPU:
-    ranks.wait_for(in_unsloth, windows)
+    ranks.wait_for(in_unsloth)
     rows = bench_attention.attention_times()
     kinds, backends = list(dict.fromkeys(row["mask"] for row in rows)), list(dict.fromkeys(row["backend"] for row in rows))
     fig, axis = plt.subplots(figsize=(7, 3.2))
