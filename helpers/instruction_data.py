@@ -65,9 +65,10 @@ def load_instructions(name: str = "auto", *, vocab_size: int | None = None, seed
             f"data set {name!r} {what} ({type(error).__name__}); "
             "use 'python-docs', 'oig', 'random:200-1024', a .jsonl file or a Hub id"
         ) from error
-    known = {"messages", "text", "prompt", "input_ids"}
-    if not known & set(rows.column_names):
-        raise ValueError(f"data set {name!r} has columns {rows.column_names}; one of {sorted(known)} is needed")
+    known = ({"messages"}, {"text"}, {"prompt", "completion"}, {"input_ids"})
+    if not any(columns <= set(rows.column_names) for columns in known):
+        wanted = ", ".join(" and ".join(sorted(columns, reverse=True)) for columns in known)
+        raise ValueError(f"data set {name!r} has columns {rows.column_names}; one of these is needed: {wanted}")
     if len(rows) == 0:
         raise ValueError(f"data set {name!r} has no rows")
     return rows

@@ -243,13 +243,17 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     args = _decided(args)
     resume_from = _checked_output(args)
     sharding = _sharding(args)
+    config = _trainer_config(args)
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     host.quiet()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     read = not args.model.startswith("shape:")  # random weights are made on the device
-    with fsdp2.one_rank_at_a_time() if sharding and read else contextlib.nullcontext():
+    in_turn = fsdp2.one_rank_at_a_time if sharding and read else contextlib.nullcontext
+    with in_turn():
+        vocabulary = plan.config_of(args.model)[0].get_text_config().vocab_size
+    rows = load_instructions(args.dataset, vocab_size=vocabulary, seed=args.seed)
+    with in_turn():
         base = checkpoints.load_base(args.model, DTYPES[args.dtype])
-    rows = load_instructions(args.dataset, vocab_size=base.model.config.vocab_size, seed=args.seed)
     model = checkpoints.attach_lora(base.model, args.lora_rank)
     if args.attention != "stock":
         attention_transformers.register()
@@ -270,7 +274,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         trainer = QLoRATrainer(
             model,
             loss=args.loss,
-            args=_trainer_config(args),
+            args=config,
             train_dataset=rows,
             processing_class=base.tokenizer,
             callbacks=[log, *(callbacks or [])],
@@ -397,9 +401,12 @@ def _decided(args: TrainArguments) -> TrainArguments:
     ):  # fmt: skip
         if values[name] is None:
             values[name] = on_gpu if gpu else on_cpu
-    for name in ("steps", "batch_size", "accumulation", "max_length", "lora_rank"):
-        if values[name] < 1:
-            raise ValueError(f"--{name} is {values[name]}; it must be at least 1")
+    least = {"steps": 1, "batch_size": 1, "accumulation": 1, "max_length": 2, "lora_rank": 1, "save_steps": 0}
+    for name, number in least.items():
+        if values[name] < number:
+            raise ValueError(f"--{name} is {values[name]}; it must be at least {number}")
+    if not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning_rate is {args.learning_rate}; it must be above 0")
     if values["optimizer"] == "auto":
         values["optimizer"] = "adamw_torch_fused" if gpu and not args.fsdp2 else "adamw_torch"
     if values["dtype"] == "auto":
@@ -509,11 +516,12 @@ def _advice(args: TrainArguments) -> str:
         f"--max_length {args.max_length // 2}": True,
         "--compile": not args.compile and args.loss != "full",
         "--optimizer adamw_8bit": "8bit" not in args.optimizer,
+        "--fsdp2 over more GPUs": not args.fsdp2,
     }
     able = ", ".join(flag for flag, helps in flags.items() if helps)
     return (
-        f"the GPU's memory did not suffice; checkpoints written so far are whole. Try, in this order: {able}. "
-        "--plan tells what each needs"
+        f"the GPU's memory did not suffice; checkpoints written so far are whole. Try, in this order: {able}, or a "
+        "smaller --model. --plan tells what each needs"
     )
 
 
