@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
 import subprocess
@@ -145,7 +144,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 stays float32
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
     import datasets
     import transformers
 
