@@ -50,6 +50,7 @@ class Case:
     lora_rank: int = 32
     steps: int = 12
     optimizer: str = "adamw_torch_fused"
+    dtype: str = "auto"  # of the compute
 
 
 CASES = (
@@ -70,7 +71,7 @@ def ours(case: Case, stock: bool, folder: str, callbacks: Sequence[Any] = ()) ->
         model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps, optimizer=case.optimizer,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,
         packing=case.packing, checkpointing=case.checkpointing, lora_rank=case.lora_rank, deterministic=False,
-        prompt="", **parts,
+        dtype=case.dtype, prompt="", **parts,
     ), list(callbacks))  # fmt: skip
 
 
@@ -84,7 +85,10 @@ def unsloth(case: Case, folder: str, callbacks: Sequence[Any] = ()) -> None:
     from .checkpoints import LORA_TARGETS
     from .instruction_data import load_instructions
 
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=case.max_length, load_in_4bit=True)
+    half = case.dtype == "float16"
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=case.max_length, load_in_4bit=True, dtype=torch.float16 if half else None
+    )
     model = FastLanguageModel.get_peft_model(
         model, r=case.lora_rank, lora_alpha=2 * case.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0,
         bias="none", use_gradient_checkpointing="unsloth" if case.checkpointing else False, random_state=3407,
@@ -97,7 +101,8 @@ def unsloth(case: Case, folder: str, callbacks: Sequence[Any] = ()) -> None:
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=case.batch_size, max_steps=case.steps,
             gradient_accumulation_steps=case.accumulation, max_length=case.max_length, packing=case.packing,
             padding_free=case.packing, learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=1, logging_steps=1,
-            optim=case.optimizer, bf16=True, seed=3407, data_seed=3407, report_to="none", save_strategy="no",
+            optim=case.optimizer, bf16=not half, fp16=half, seed=3407, data_seed=3407, report_to="none",
+            save_strategy="no",
         ),
         callbacks=list(callbacks),
     )  # fmt: skip

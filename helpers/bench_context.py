@@ -1,0 +1,239 @@
+"""The longest sequence that trains at batch 1 within a GPU's memory: ours, stock transformers + TRL, and Unsloth.
+
+    python3 -m helpers.bench_context --out runs/context
+
+For each shape (RANDOM weights), contender and memory a search over lengths a quarter of an octave apart; each probe is
+two optimizer steps (the second has the optimizer's state) with gradient checkpointing in a process of its own, whose
+allocator stops at the memory. Every probe goes to `context_probes.csv` as soon as it is measured, each search's end to
+`context_bench.csv`, and `context_bench.png` is drawn from that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .bench_trainer import CONTENDERS, SAVE, Case, _write, ours, unsloth
+from .memory import GIB
+
+CAPS = {"T4": (14.7, "float16"), "H100": (80.0, "bfloat16")}  # GiB (at most the card's own), compute dtype
+GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
+START = 2048
+PROBE = ["-m", "helpers.bench_context", "--probe"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One attempt: does ``contender`` train rows of ``length`` tokens within ``cap_gib``?"""
+
+    shape: str
+    contender: str
+    cap_gib: float
+    dtype: str
+    length: int
+    lora_rank: int = 16
+
+
+def run_probe(probe: Probe, folder: str) -> dict[str, Any]:
+    """Train two steps in this process, its memory capped; peak GiB, seconds of the second step and both losses."""
+    import torch
+
+    from .memory import peak_gib
+
+    if torch.cuda.is_available():
+        fraction = probe.cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+    case = Case(
+        "", probe.shape, f"{probe.length}-{probe.length}x4", probe.length, checkpointing=True, batch_size=1,
+        accumulation=1, lora_rank=probe.lora_rank, steps=2, dtype=probe.dtype,
+    )  # fmt: skip
+    seen = _losses()
+    if probe.contender == "unsloth":
+        unsloth(case, folder, [seen])
+    else:
+        ours(case, probe.contender == "stock", folder, [seen])
+    allocated, reserved = peak_gib()
+    return {"fits": True, "allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3),
+            "step_s": round(seen.times[-1] - seen.times[-2], 3), "losses": seen.losses}  # fmt: skip
+
+
+def _losses() -> Any:
+    from transformers import TrainerCallback  # Unsloth wants to be imported first
+
+    class Losses(TrainerCallback):
+        def __init__(self):
+            self.losses: list[float] = []
+            self.times: list[float] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                self.losses.append(round(logs["loss"], 5))
+                self.times.append(time.perf_counter())
+
+    return Losses()
+
+
+def start_probe(probe: Probe, folder: Path, limit_s: float) -> dict[str, Any]:
+    """`run_probe` in a process of its own: its answer, ``fits`` False for lack of memory, or ``error``."""
+    command = [sys.executable, *PROBE, json.dumps(asdict(probe)), "--weights", str(folder)]
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+                                "UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"}  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"fits": False, "error": f"not done after {limit_s:.0f} s"}
+    return answer_of(done.stdout, done.stderr)
+
+
+def answer_of(out: str, err: str) -> dict[str, Any]:
+    """What a probe's process said."""
+    if found := [line for line in out.splitlines() if line.startswith("RESULT ")]:
+        return json.loads(found[-1].removeprefix("RESULT "))
+    if "OutOfMemoryError" in err or "CUDA out of memory" in err or "CUBLAS_STATUS_ALLOC_FAILED" in err:
+        return {"fits": False}
+    return {"fits": False, "error": (err.strip().splitlines() or ["no output"])[-1][:300]}
+
+
+def longest(
+    attempt: Callable[[int], dict[str, Any]], cap_gib: float, grid: Sequence[int] = GRID, start: int = START
+) -> tuple[int, bool, str]:
+    """Search ``grid`` for the longest length that fits.
+
+    From two successes on, their peaks say where the memory ends (it is linear in the length, nearly); before that the
+    length is doubled, and where the guess is used up, what is left is halved.
+
+    Args:
+        attempt: of a length: ``fits``, ``allocated_gib`` where it does, ``error`` where that was not for memory;
+            ``{}`` where there is no more time.
+
+    Returns: the longest length that fitted (0: none); whether the next one is known not to; and an error, if any.
+    """
+    low, high = -1, len(grid)
+    peaks: list[tuple[int, float]] = []
+    at = min(range(len(grid)), key=lambda i: abs(grid[i] - start))
+    while high - low > 1:
+        found = attempt(grid[at])
+        if not found or found.get("error"):
+            return (grid[low] if low >= 0 else 0), False, found.get("error", "")
+        if found["fits"]:
+            low = at
+            peaks.append((grid[at], found["allocated_gib"]))
+        else:
+            high = at
+        if len(peaks) >= 2 and peaks[-1][1] > peaks[-2][1]:
+            (a, lower), (b, upper) = peaks[-2:]
+            end = b + (cap_gib - upper) * (b - a) / (upper - lower)
+            at = sum(length <= end for length in grid) - 1
+        elif high == len(grid):
+            at = low + 4  # an octave
+        else:
+            at = (low + high) // 2
+        at = min(max(at, low + 1), high - 1)
+    return (grid[low] if low >= 0 else 0), high < len(grid), ""
+
+
+def bench(
+    shapes: Sequence[str], contenders: Sequence[str], caps: Sequence[str], out: Path, limit_s: float, budget_s: float,
+    grid: Sequence[int] = GRID,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row a search; ``limit_s``: seconds a probe may take, ``budget_s``: after which no more is begun."""
+    out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + budget_s
+    probes: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+
+    def attempt(probe: Probe, weights: Path) -> dict[str, Any]:
+        if time.monotonic() > until:
+            return {}
+        found = start_probe(probe, weights, limit_s)
+        probes.append(asdict(probe) | found)
+        _write(probes, out / "context_probes.csv")
+        print(f"{probe.shape:14s} {probe.contender:8s} {probe.cap_gib:5.1f} GiB {probe.length:8,d} tokens: {found}",
+              flush=True)  # fmt: skip
+        return found
+
+    with tempfile.TemporaryDirectory(prefix="context-", ignore_cleanup_errors=True) as scratch:
+        for shape in shapes:
+            weights = Path(scratch, shape)
+            subprocess.run([sys.executable, "-c", SAVE, shape, str(weights)], check=True, stdout=subprocess.DEVNULL)
+            for cap in caps:
+                gib, dtype = CAPS[cap]
+                start = START
+                for contender in contenders:
+                    probe = functools.partial(Probe, shape, contender, gib, dtype)
+                    tokens, known, error = longest(
+                        lambda length, probe=probe, weights=weights: attempt(probe(length), weights), gib, grid, start
+                    )
+                    start = tokens or start  # the next contender's end is not far from this one's
+                    rows.append({"shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
+                                 "tokens": tokens, "next_does_not_fit": known, "error": error})  # fmt: skip
+                    _write(rows, out / "context_bench.csv")
+    draw(rows, out / "context_bench.png")
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel a memory, a group of bars a shape; an end that was not found is marked with a plus."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    caps, shapes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("memory", "shape"))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    fig, axes = plt.subplots(1, len(caps), figsize=(6 * len(caps), 4), squeeze=False)
+    for axis, cap in zip(axes[0], caps, strict=True):
+        for i, contender in enumerate(contenders):
+            mine = [row for row in rows if (row["memory"], row["contender"]) == (cap, contender)]
+            places = [shapes.index(row["shape"]) + (i - (len(contenders) - 1) / 2) * 0.25 for row in mine]
+            bars = axis.bar(places, [row["tokens"] for row in mine], 0.23, label=contender)
+            said = [f"{row['tokens']:,}" + ("" if row["next_does_not_fit"] else "+") for row in mine]
+            axis.bar_label(bars, said, fontsize=8)
+        axis.set(xticks=range(len(shapes)), xticklabels=shapes, ylabel="tokens", yscale="symlog",
+                 title=f"Longest sequence at batch 1 in {CAPS[cap][0]} GiB, {CAPS[cap][1]}")  # fmt: skip
+        axis.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m helpers.bench_context", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/context"), help="folder of the tables and the figure")
+    parser.add_argument("--shapes", nargs="*", default=["llama-3.2-1b", "llama-3.1-8b"])
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--caps", nargs="*", default=list(CAPS), choices=list(CAPS), help="memories")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a probe may take")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no probe is begun")
+    parser.add_argument("--most", type=int, default=GRID[-1], help="tokens of the longest probe")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.probe:
+        probe = Probe(**json.loads(args.probe))
+        if probe.contender == "unsloth":
+            importlib.import_module("unsloth")  # before everything that it patches
+        print("RESULT " + json.dumps(run_probe(probe, args.weights)))
+        return 0
+    contenders = [name for name in args.contenders if name != "unsloth" or importlib.util.find_spec("unsloth")]
+    grid = [length for length in GRID if length <= args.most]
+    if not grid:
+        parser.error(f"--most is {args.most}; the shortest probe has {GRID[0]} tokens")
+    rows = bench(args.shapes, contenders, args.caps, args.out, args.limit, args.budget, grid)
+    return 1 if any(row["error"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The context bench without a GPU: its search, its reading of a probe's end, a real probe, and its files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+
+from helpers import bench_context, bench_trainer
+from helpers.bench_context import GRID, Probe, longest
+from helpers.train import TrainArguments, train
+
+
+def memory(fixed: float, per_token: float, cap: float, asked: list[int], fragments: float = 1.0):
+    """An attempt that needs memory linear in the length, ``fragments`` times of which must fit."""
+
+    def attempt(length: int) -> dict:
+        asked.append(length)
+        need = fixed + per_token * length
+        return {"fits": need * fragments <= cap, "allocated_gib": need}
+
+    return attempt
+
+
+@pytest.mark.parametrize("fragments", [1.0, 1.15])
+@pytest.mark.parametrize(("fixed", "end"), [(1.3, 700), (1.3, 5000), (5.0, 40_000), (9.0, 600_000), (2.0, 511)])
+def test_search_ends_at_the_longest_that_fits_in_few_probes(fixed, end, fragments):
+    cap, asked = 14.7, []
+    per_token = (cap / fragments - fixed) / end
+    found = longest(memory(fixed, per_token, cap, asked, fragments), cap)
+    assert found == (max((n for n in GRID if n <= end), default=0), True, "")
+    assert len(asked) == len(set(asked)) <= 8
+
+
+def test_search_stops_for_what_is_not_memory():
+    assert longest(lambda length: {"fits": False, "error": "no such kernel"}, 14.7) == (0, False, "no such kernel")
+    late = {2048: {"fits": True, "allocated_gib": 2.0}}
+    assert longest(lambda length: late.get(length, {}), 14.7) == (2048, False, "")
+    assert longest(memory(1.0, 1e-9, 80, []), 80) == (GRID[-1], False, "")  # longer than the grid
+
+
+@pytest.mark.parametrize(
+    ("out", "err", "found"),
+    [
+        ('noise\nRESULT {"fits": true, "allocated_gib": 1.5}\n', "warnings", {"fits": True, "allocated_gib": 1.5}),
+        ("", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n", {"fits": False}),
+        ("", "Traceback\nKeyError: 'x'\n", {"fits": False, "error": "KeyError: 'x'"}),
+        ("", "", {"fits": False, "error": "no output"}),
+    ],
+)
+def test_a_probes_end_is_read(out, err, found):
+    assert bench_context.answer_of(out, err) == found
+
+
+def test_a_probe_trains_two_steps_of_that_length(tmp_path, monkeypatch):
+    seen = []
+
+    def trained(arguments: TrainArguments, callbacks):
+        seen.append(arguments)
+        return train(dataclasses.replace(arguments, compile=False, optimizer="auto"), callbacks)
+
+    monkeypatch.setattr("helpers.train.train", trained)
+    bench_trainer.save_shape("tiny", tmp_path / "weights")
+    found = bench_context.run_probe(Probe("tiny", "ours", 14.7, "float32", 48), str(tmp_path / "weights"))
+    assert found["fits"] and len(found["losses"]) == 2 and found["step_s"] > 0
+    assert seen[0].compile and seen[0].checkpointing and (seen[0].batch_size, seen[0].max_length) == (1, 48)
+
+
+def test_bench_writes_its_tables_and_figure(tmp_path, monkeypatch):
+    """Saving the weights and a probe's process are real; what the stock contender needs, a GPU, is its error."""
+    monkeypatch.setitem(bench_context.CAPS, "T4", (14.7, "float32"))
+    monkeypatch.setattr(bench_context.importlib.util, "find_spec", lambda name: None)
+    start, ours = bench_context.start_probe, memory(1.0, 0.001, 14.7, [])
+    monkeypatch.setattr(
+        bench_context, "start_probe",
+        lambda probe, *more: ours(probe.length) if probe.contender == "ours" else start(probe, *more),
+    )  # fmt: skip
+    given = ["--out", str(tmp_path), "--shapes", "tiny", "--caps", "T4", "--most", "4096"]
+    assert bench_context.main(given) == 1  # an error is no result
+    with open(tmp_path / "context_bench.csv", newline="") as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"stock", "ours"}
+    assert rows["ours"]["tokens"] == "4096" and rows["ours"]["next_does_not_fit"] == "False"
+    assert "--loss trl needs a GPU" in rows["stock"]["error"] and rows["stock"]["tokens"] == "0"
+    with open(tmp_path / "context_probes.csv", newline="") as file:
+        assert [row["contender"] for row in csv.DictReader(file)][0] == "stock"
+    assert (tmp_path / "context_bench.png").read_bytes()[:4] == b"\x89PNG"
