@@ -103,7 +103,7 @@ def _in_rank(request: dict[str, Any]) -> None:
     if name == "unsloth":
         unsloth(case, Path(request["saved"]), request["limit_s"], times)
     else:
-        ours(case, CONTENDERS[name], request["ranks"], folder / "run", times)
+        ours(case, name, request["ranks"], folder / "run", times)
 
 
 # In the process that starts them
@@ -143,7 +143,8 @@ class Bench:
         self.saved = Path(self.scratch.name, "model") if self.case.model.startswith("shape:") else Path(self.case.model)
         if not self.saved.exists() and any(run.endswith(":unsloth") for run in self.waiting):
             arguments = ["-c", bench_trainer.SAVE, self.case.model.removeprefix("shape:"), str(self.saved)]
-            self.saving = self._job("model", arguments, 0)
+            last = max(int(run.split(":")[0]) for run in self.waiting) - 1  # the GPU that one-GPU contenders leave free
+            self.saving = self._job("model", arguments, 0, CUDA_VISIBLE_DEVICES=str(last))
             self.saving.start()
             while self.at_once == 1 and not self.saving.ended():  # its memory is the first contender's
                 time.sleep(0.1)
@@ -167,7 +168,9 @@ class Bench:
     def _job(self, name: str, arguments: list[str], ranks: int, **environment: str) -> Job:
         # Each process would start a compile worker a processor, of which few would ever have work.
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(ranks or 1)))
+        if self.at_once > 1:
+            environment["OMP_NUM_THREADS"] = "2"
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(ranks or 1)))} | environment
         return Job(name, arguments, self.out / "logs", ranks, self.all_s, environment)
 
     def _fill(self) -> None:

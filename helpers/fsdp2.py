@@ -45,6 +45,7 @@ __all__ = [
     "training_arguments",
 ]  # fmt: skip
 
+
 @dataclass(frozen=True)
 class FSDP2Config:
     """FSDP2's features, each one flag.
@@ -137,6 +138,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
             blocks[-1].register_forward_pre_hook(functools.partial(_gather_ahead, head))
     fully_shard(model, **_policies(model, config))
     _prefetch(blocks, config.prefetch)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the whole weights' memory, of which a shard will never need so much again
     return model
 
 

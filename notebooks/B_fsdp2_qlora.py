@@ -137,9 +137,11 @@ common = [
 
 
 def job(name, arguments, processes=0, gpu=0):
-    """A run of at most 10 minutes, an hour for 8B: alone on one of the GPUs, or one process a rank."""
+    """A run: alone on one of the GPUs, or one process a rank; stopped where it takes far longer than it should."""
     environment = {} if processes else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    return ranks.Job(name, arguments, log_dir, processes, 3600 if large else 600, environment)
+    if at_once > 1:
+        environment["OMP_NUM_THREADS"] = "2"
+    return ranks.Job(name, arguments, log_dir, processes, 7200 if large else 240 if at_once > 1 else 600, environment)
 
 
 training, jobs = {}, []
