@@ -176,7 +176,11 @@ def show(args: argparse.Namespace) -> int:
         gathered = {"changed": sum(d for d, _ in differences), "compared": sum(n for _, n in differences)}
         del model
         for i, (name, flags) in enumerate(features.items()):
-            rows.append(run(name, flags, arguments, args.out / f"run {i}", loaded))
+            itemsize = getattr(torch, flags.get("dtype", arguments["dtype"])).itemsize
+            whole = {
+                weight: n if "base_layer" in weight else n * itemsize // dtype.itemsize for weight, n in loaded.items()
+            }
+            rows.append(run(name, flags, arguments, args.out / f"run {i}", whole))
             _write(gathered, rows, args.out)
         last = first / f"checkpoint-{args.steps}"
         if fsdp2.main_process() and last.exists():
