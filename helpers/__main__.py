@@ -10,7 +10,8 @@ import sys
 
 from . import environment
 
-SPREAD = ["-n", "auto", "--dist", "worksteal"]  # a whole suite: a process a core, as tests/conftest.py says
+# A whole suite: a process a core, each of which takes file after file in the order that tests/conftest.py gives.
+SPREAD = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ import os
 import pytest
 
 GPU = None
+# First, so that no core is left alone with one of them at the end.
+LONG = {"test_train", "test_fsdp2", "test_faults", "test_compiling", "test_composed"}
 
 
 def _gpu() -> bool:
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (dropped if needs_gpu or needs_llamacpp else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.hookimpl(optionalhook=True)

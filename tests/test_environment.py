@@ -179,7 +179,7 @@ def test_a_whole_suite_is_spread_over_the_cores_and_a_chosen_test_is_not(monkeyp
         __main__.main(arguments)
     whole, one, newest = started
     assert whole[:5] == ["python", "-m", "pytest", "-n", "auto"] and one[3:] == ["tests/test_nf4.py"]
-    assert newest[0] == "newest" and "tests/test_train.py" in newest and newest[-3:] == whole[-3:]
+    assert newest[0] == "newest" and "tests/test_train.py" in newest and newest[-5:] == whole[-5:]
 
 
 def test_the_fast_tests_exist():
