@@ -26,7 +26,8 @@ from .compile_counter import CompileCounter
 from .compiling import PAD_TO, compile_model
 from .instruction_data import load_instructions
 from .memory import peak_gib
-from .train import DTYPES, QLoRATrainer, TrainArguments, _decided, _trainer_config, nf4_decoder
+from .train import QLoRATrainer, nf4_decoder
+from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
@@ -79,7 +80,7 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
     words = set(variant.split("+"))
     if unknown := words - WORDS:
         raise ValueError(f"variant {variant!r}: {unknown.pop()!r} is not one of {', '.join(sorted(WORDS))}")
-    arguments = _decided(arguments)
+    arguments = decided(arguments)
     arguments.checkpointing = "checkpointing" in words
     arguments.nf4 = "bitsandbytes" if "bitsandbytes" in words else arguments.nf4
     arguments.loss = "chunked" if "compiled" in words else "trl" if torch.cuda.is_available() else "full"
@@ -92,7 +93,7 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
         register()
         model.set_attn_implementation("qlora_flex")
     clock = Clock(profile)
-    config = _trainer_config(arguments)
+    config = sft_config(arguments)
     with nf4_decoder(model, arguments.nf4), CompileCounter() as counter:
         trainer = QLoRATrainer(
             model, loss=arguments.loss, args=config, train_dataset=rows, processing_class=base.tokenizer,

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = parser.parse_args_into_dataclasses(argv)
     host.quiet()
     try:
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens is {args.max_new_tokens}; it must be at least 1")
         model, tokenizer = load_adapter(args.adapter)
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {args.adapter!r} has no chat template: this model was not made to chat")

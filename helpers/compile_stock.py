@@ -25,7 +25,8 @@ import transformers.models.llama.modeling_llama
 from . import checkpoints, host
 from .compile_counter import CompileCounter
 from .instruction_data import load_instructions
-from .train import DTYPES, QLoRATrainer, StepLog, TrainArguments, _decided, _trainer_config
+from .train import QLoRATrainer, StepLog
+from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
 TORCH_COMPILE_OPTIONS = {
     "epilogue_fusion": True,
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     host.prepare()
-    arguments = _decided(TrainArguments(
+    arguments = decided(TrainArguments(
         model=args.model, dataset=args.dataset, steps=args.steps, batch_size=1, accumulation=2, max_length=1024,
         lora_rank=32, checkpointing=False, loss="trl" if torch.cuda.is_available() else "full",
         output_dir=tempfile.mkdtemp(),
@@ -75,7 +76,7 @@ def main() -> None:
     rows = load_instructions(arguments.dataset, vocab_size=base.model.config.vocab_size)
     model = checkpoints.attach_lora(base.model, arguments.lora_rank)
     model.enable_input_require_grads()
-    config = _trainer_config(arguments)
+    config = sft_config(arguments)
     log = StepLog(os.path.join(arguments.output_dir, "log.csv"), keep_up_to=0)
     trainer = QLoRATrainer(
         model, loss=arguments.loss, args=config, train_dataset=rows, processing_class=base.tokenizer, callbacks=[log]

@@ -23,7 +23,7 @@ from .linear_loss import COMPILE_LOGITS
 from .linear_plan import FROZEN_LOGITS, LEAST_ROWS
 
 if TYPE_CHECKING:
-    from .train import TrainArguments
+    from .train_arguments import TrainArguments
 
 STATE_BYTES = {"8bit": 2, "lion": 4, "sgd": 0, "adafactor": 0}  # of the optimizer, a trained number; Adam's two: 8
 EAGER_LOSS, FUSED_LOSS = 12.0, 2.1  # bytes a logit at the peak: three float32 copies; one in half precision, in place

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .train_arguments import DTYPES
+
 
 @dataclass
 class MergeArguments:
@@ -21,7 +23,7 @@ class MergeArguments:
 
     adapter: str = field(metadata={"help": "folder that training saved the adapter in"})
     output_dir: str = field(metadata={"help": "new folder for the merged model and its tokenizer"})
-    dtype: str = field(default="float16", metadata={"help": "float16, bfloat16 or float32"})
+    dtype: str = field(default="float16", metadata={"help": "of the weights", "choices": list(DTYPES)})
 
 
 def merge(adapter: str, output_dir: str, dtype: torch.dtype = torch.float16) -> Path:
@@ -51,8 +53,6 @@ def merge(adapter: str, output_dir: str, dtype: torch.dtype = torch.float16) -> 
 
 def main(argv: list[str] | None = None) -> int:
     from transformers import HfArgumentParser
-
-    from .train import DTYPES
 
     parser = HfArgumentParser(MergeArguments, prog="python3 -m helpers.merge")
     (args,) = parser.parse_args_into_dataclasses(argv)

@@ -21,7 +21,7 @@ from .instruction_data import load_instructions
 from .memory import GIB
 
 if TYPE_CHECKING:
-    from .train import TrainArguments
+    from .train_arguments import TrainArguments
 
 
 def config_of(name: str) -> tuple[Any, Any, str]:

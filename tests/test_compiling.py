@@ -272,13 +272,14 @@ def test_rows_of_an_evaluation_do_not_change_those_of_training():
 def test_a_trainer_trains_and_evaluates_within_and_logs_eagers_losses(tmp_path):
     """TRL's trainer, which replaces the forward itself and has accelerate wrap it, with evaluation between steps."""
     from helpers.instruction_data import load_instructions
-    from helpers.train import QLoRATrainer, TrainArguments, _decided, _trainer_config
+    from helpers.train import QLoRATrainer
+    from helpers.train_arguments import TrainArguments, decided, sft_config
 
     rows = load_instructions("random:2-40x24", vocab_size=256)
     logged, kept = {}, []
     for name in ("eager", "compiled"):
         model = family_model("llama")
-        config = _trainer_config(_decided(TrainArguments(
+        config = sft_config(decided(TrainArguments(
             output_dir=str(tmp_path), steps=4, batch_size=2, accumulation=2, max_length=32, dtype="bfloat16",
             learning_rate=1e-2,
         )))  # fmt: skip

@@ -49,18 +49,18 @@ def arguments(folder, ranks: int, **more) -> TrainArguments:
 @contextlib.contextmanager
 def clipped_at(norm: float):
     """Train with gradients clipped at ``norm``, low enough that every step of these runs is clipped."""
-    real = trainer_module._trainer_config
+    real = trainer_module.sft_config
 
     def config(args):
         made = real(args)
         made.max_grad_norm = norm
         return made
 
-    trainer_module._trainer_config = config
+    trainer_module.sft_config = config
     try:
         yield
     finally:
-        trainer_module._trainer_config = real
+        trainer_module.sft_config = real
 
 
 # What runs in the ranks. Each check returns what it found; the test judges.

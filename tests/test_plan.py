@@ -12,7 +12,8 @@ from helpers import attention_transformers, checkpoints, expected_memory, plan
 from helpers.chunked_head import chunked_loss
 from helpers.compiling import compile_model
 from helpers.memory import GIB
-from helpers.train import TrainArguments, _decided, main, train
+from helpers.train import main, train
+from helpers.train_arguments import TrainArguments, decided, sft_config
 
 TOKENS = (2, 48)
 
@@ -123,14 +124,14 @@ def test_the_longest_batch_of_a_run_is_expected():
 def test_rows_are_as_long_as_the_trainer_makes_them(row, tmp_path):
     from datasets import Dataset
 
-    from helpers.train import QLoRATrainer, _trainer_config
+    from helpers.train import QLoRATrainer
 
     rows = Dataset.from_list([row] * 3)
     tokenizer = checkpoints.byte_tokenizer()
-    arguments = _decided(TrainArguments(output_dir=str(tmp_path), max_length=200))
+    arguments = decided(TrainArguments(output_dir=str(tmp_path), max_length=200))
     model = checkpoints.attach_lora(checkpoints.load_base("shape:tiny").model, 4)
     trainer = QLoRATrainer(
-        model, loss="full", args=_trainer_config(arguments), train_dataset=rows, processing_class=tokenizer
+        model, loss="full", args=sft_config(arguments), train_dataset=rows, processing_class=tokenizer
     )
     assert expected_memory.row_lengths(rows, tokenizer) == expected_memory.row_lengths(trainer.train_dataset)
 
