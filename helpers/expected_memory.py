@@ -157,14 +157,15 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     gradients = 4 * s.adapters if args.accumulation > 1 else 0  # else they come as the activations go
     weights = (s.quantised // 2, s.quantised // 64 + s.quantised // 4096, s.plain_bytes)
     trained = (4 * s.adapters, gradients, state * s.adapters)
-    work = width * s.largest  # the weight, decoded
-    if ranks > 1:  # two layers and the head are whole at a time
-        work += 2 * sum(weights[:2]) // s.layers + width * s.vocabulary * s.hidden
+    work, loss = width * s.largest, _loss_bytes(s, args, tokens, width)  # the weight, decoded
+    if ranks > 1:  # whole at a time: two layers, or the head
+        work, loss = work + 2 * sum(weights[:2]) // s.layers, loss + width * s.vocabulary * s.hidden
         weights = (0, 0, 0) if "offload" in args.fsdp2_options else tuple(x // ranks for x in weights)
         trained = tuple(x // ranks for x in trained)
+    dense = args.attention in ("eager", "stock") or (args.packing and args.attention == "sdpa")  # a mask for each head
     layer = tokens * saved_bytes(
         s, width, args.lora_rank, compiled=args.compile, scores=length if args.attention == "eager" else 0,
-        shared_heads=width == 2 and args.attention not in ("eager", "stock") and capability() >= (8, 0),
+        shared_heads=width == 2 and not dense and capability() >= (8, 0),
     )  # fmt: skip
     casts = 0 if args.compile or width == 4 else width * s.adapters  # autocast's copies of the adapters
     if args.checkpointing:
@@ -173,7 +174,7 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
         saved = s.layers * layer + casts
     # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on the CPU.
     work += (7 if args.compile else 2) * width * s.feed_forward * tokens
-    return Memory(tokens, weights, trained, saved, work, _loss_bytes(s, args, tokens, width))
+    return Memory(tokens, weights, trained, saved, work, loss)
 
 
 def _loss_bytes(s: Shapes, args: TrainArguments, tokens: int, width: int) -> int:
