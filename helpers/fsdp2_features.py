@@ -165,16 +165,23 @@ def show(args: argparse.Namespace) -> int:
         "dtype": str(dtype).removeprefix("torch."), "batch_size": 1,
     }  # fmt: skip
     other = "bfloat16" if dtype == torch.float32 else "float32"
-    features = FEATURES | {f"computed in {other} instead": {"dtype": other}}
+    # Of the weights that the first run has: random ones may come out otherwise in another dtype.
+    weights = str(args.out / "base") if args.model.startswith("shape:") else args.model
+    features = FEATURES | {f"computed in {other} instead": {"dtype": other, "model": weights}}
     rows, first = [], args.out / "run 0"
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # a table says it all
         torch.manual_seed(3407)
-        model = checkpoints.attach_lora(checkpoints.load_base(args.model, dtype).model, args.lora_rank)
+        base = checkpoints.load_base(args.model, dtype)
+        if weights != args.model and fsdp2.main_process():
+            base.model.save_pretrained(weights)
+            base.tokenizer.save_pretrained(weights)
+        model = checkpoints.attach_lora(base.model, args.lora_rank)
         loaded = loaded_bytes(model)
         config = fsdp2.FSDP2Config(param_dtype=None if dtype == torch.float32 else dtype)
         differences = changed_bytes(model, config).values()
         gathered = {"changed": sum(d for d, _ in differences), "compared": sum(n for _, n in differences)}
-        del model
+        del model, base
+        dist.barrier()
         for i, (name, flags) in enumerate(features.items()):
             itemsize = getattr(torch, flags.get("dtype", arguments["dtype"])).itemsize
             whole = {
