@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from .adapters import load_adapter
 
     parser = HfArgumentParser(ChatArguments, prog="python3 -m helpers.chat", description=__doc__.split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = ChatArguments(**vars(parser.parse_args(argv)))
     host.quiet()
     try:
         if args.max_new_tokens < 1:

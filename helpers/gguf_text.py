@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     from .adapters import load_adapter
 
     parser = HfArgumentParser(ExportArguments, prog="python3 -m helpers.gguf_text", description=__doc__.split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = ExportArguments(**vars(parser.parse_args(argv)))
     try:
         quantizer(args.dtype, args.quantize)
         model, tokenizer = load_adapter(args.adapter)

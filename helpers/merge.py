@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(MergeArguments, prog="python3 -m helpers.merge")
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = MergeArguments(**vars(parser.parse_args(argv)))
     try:
         folder = merge(args.adapter, args.output_dir, DTYPES[args.dtype])
     except ValueError as error:

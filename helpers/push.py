@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(PushArguments, prog="python3 -m helpers.push", description=__doc__.split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = PushArguments(**vars(parser.parse_args(argv)))
     try:
         address = push(args.adapter, args.repo_id, args.base_model, args.private, args.dry_run)
     except (ValueError, HfHubHTTPError, OfflineModeIsEnabled) as error:

@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(TrainArguments, prog="python3 -m helpers.train", description=__doc__.split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = TrainArguments(**vars(parser.parse_args(argv)))
     try:
         with t4.rehearsal_if_asked(args.rehearse_t4):
             if args.plan:

@@ -173,3 +173,11 @@ def test_bad_flags_are_named_before_the_model_is_loaded(flags, said, tmp_path, m
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "out", **flags)
     assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", [["--bogus", "1"], ["--steps", "many"], ["--plan", "shape:tiny"]])
+def test_a_flag_that_is_not_there_is_one_line(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("python3 -m helpers.train: error:")
