@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from transformers import TrainerCallback
 
 from helpers import attention_transformers, checkpoints, expected_memory, plan
 from helpers.chunked_head import chunked_loss
@@ -62,6 +64,41 @@ def test_a_layer_keeps_what_the_formula_says(compiled, monkeypatch):
     else:  # the adapters as autocast casts them, and the final norm
         expected += 2 * s.adapters + 4 * tokens * s.hidden
     assert kept_bytes("wide", compiled) == pytest.approx(expected, rel=0.01)
+
+
+class StepPeak(TrainerCallback):
+    """Bytes that the second step's allocations had reached at most, above those before it."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            gc.collect()
+            self.profile = torch.autograd.profiler.profile(profile_memory=True).__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.profile.__exit__(None, None, None)
+            sizes = [event.nbytes() for event in self.profile.kineto_results.events() if event.name() == "[memory]"]
+            self.bytes = max(itertools.accumulate(sizes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's allocator is watched; a GPU's run has a test below")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("vocab_size", [512, 8192])  # the layers or the loss needs more
+def test_a_step_takes_what_the_plan_says(checkpointing, vocab_size, tmp_path, monkeypatch):
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device or ("cpu",)))  # as above
+    monkeypatch.setattr(expected_memory, "capability", lambda: (7, 5))  # whose attention has no shared heads either
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 16, "vocab_size": vocab_size}
+    monkeypatch.setitem(checkpoints.SHAPES, "wide", checkpoints.SHAPES["tiny"] | shape)
+    arguments = decided(TrainArguments(
+        model="shape:wide", dataset="random:128-128x8", dtype="bfloat16", steps=2, batch_size=2, accumulation=2,
+        max_length=128, checkpointing=checkpointing, output_dir=str(tmp_path),
+    ))  # fmt: skip
+    peak = StepPeak()
+    train(arguments, [peak])
+    memory = expected_memory.expected(plan.config_of("shape:wide")[0], arguments, [128] * 8)
+    found = memory.trained[1] + memory.saved + max(memory.work, memory.loss)  # the rest was there before
+    assert found == pytest.approx(peak.bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-untied"])
