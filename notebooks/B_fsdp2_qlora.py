@@ -158,7 +158,7 @@ features = job("features", [
     "-m", "helpers.fsdp2_features", "--out", str(results.folder / "B_features"),
     *(["--model", "shape:llama-3.2-1b-4-layers", "--dataset", "random:256-512x64", "--max-length", "512"] if GPUS
       else ["--model", "shape:tiny-untied", "--dataset", "random:8-40x64", "--max-length", "40"]),
-    "--learning-rate", "1e-3",
+    "--learning-rate", "5e-4" if GPUS else "1e-3",
 ], count)  # fmt: skip
 pipeline = ["-m", "helpers.zero_bubble", "--model", "shape:llama-3.2-1b-4-layers" if GPUS else "shape:tiny-deep", "--steps", "4",
             "--length", "512" if GPUS else "32", "--micro-batches", "8"]  # fmt: skip
