@@ -109,6 +109,9 @@ def compile_model(
             compiled.parts["embedding"] = _compile_embedding(stack, base, compile)
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
+        if compiled.cuda_graphs:
+            done = compiled.parts["norm and loss"] == "compiled"  # the loss's region is what records
+            compiled.parts["steps"] = "CUDA graphs" if done else "not recorded: the loss is not compiled"
         try:
             yield compiled
         finally:

@@ -18,7 +18,7 @@ from .environment import ROOT
 from .results import write_atomically
 
 BENCH = "trainer_bench.csv"  # as `python3 -m helpers.bench_trainer` writes it
-CONTENDERS = {"stock": "stock transformers + TRL", "unsloth": "Unsloth", "ours": "ours"}
+CONTENDERS = {"stock": "stock transformers + TRL", "unsloth": "Unsloth", "ours": "ours", "graphs": "ours, CUDA graphs"}
 Rows = list[dict[str, str]]
 
 
@@ -140,8 +140,8 @@ def draw(rows: Rows) -> None:
     for axis, column, label in zip(axes, ("step_s", "allocated_gib"), ("step, s", "peak memory, GiB"), strict=True):
         for i, name in enumerate(CONTENDERS):
             there = [(k, float(by[name][column])) for k, by in enumerate(cases.values()) if name in by]
-            places, values = [k + 0.27 * (i - 1) for k, _ in there], [value for _, value in there]
-            bars = axis.barh(places, values, 0.25, label=CONTENDERS[name])
+            places, values = [k + 0.21 * (i - 1.5) for k, _ in there], [value for _, value in there]
+            bars = axis.barh(places, values, 0.2, label=CONTENDERS[name])
             axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axis.set_xlabel(label)
         axis.margins(x=0.12)

@@ -39,6 +39,7 @@ class TrainArguments:
     attention: str = _flag("auto", "auto, sdpa, flex, varlen, xformers, eager (helpers/attention.py), or stock")
     packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
     compile: bool = _flag(False, "torch.compile the embedding, decoder layers, norm and loss (helpers/compiling.py)")
+    cuda_graphs: bool = _flag(False, "with --compile: record a step of each length, then replay it in two launches")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
     optimizer: str = _flag("auto", "a name of TrainingArguments.optim, as adamw_8bit; auto: AdamW, fused on a GPU")
     save_steps: int = _flag(0, "write a checkpoint every so many steps; 0: only the adapter, at the end")
@@ -85,6 +86,9 @@ def decided(args: TrainArguments) -> TrainArguments:
     if args.fsdp2 and args.loss == "trl":
         raise ValueError("--loss trl reads the head past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
+    against = {"a GPU": gpu, "--compile": args.compile, "no --packing": not args.packing, "no --fsdp2": not args.fsdp2}
+    if args.cuda_graphs and (missing := [need for need, there in against.items() if not there]):
+        raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
     if values["compile"] and values["loss"] == "full":
         raise ValueError("--compile never makes all logits, as --loss full asks: give --loss chunked, or leave one out")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

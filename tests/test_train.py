@@ -127,6 +127,7 @@ def test_log_line_and_csv(tmp_path, capsys):
         ({"loss": "magic"}, "--loss 'magic' is not one of"),
         ({"resume": True}, "there is no checkpoint in"),
         ({"model": "shape:none"}, "unknown shape"),
+        ({"cuda_graphs": True, "packing": True}, "--cuda_graphs needs .*--compile, no --packing"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said):
