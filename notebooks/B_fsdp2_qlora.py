@@ -141,7 +141,7 @@ def job(name, arguments, processes=0, gpu=0):
     environment = {} if processes else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     if at_once > 1:
         environment["OMP_NUM_THREADS"] = "2"
-    return ranks.Job(name, arguments, log_dir, processes, 7200 if large else 240 if at_once > 1 else 600, environment)
+    return ranks.Job(name, arguments, log_dir, processes, 7200 if large else 260 if at_once > 1 else 600, environment)
 
 
 training, jobs = {}, []
