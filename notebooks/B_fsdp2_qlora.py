@@ -136,11 +136,11 @@ common = [
 ]  # fmt: skip
 
 
-def job(name, arguments, processes=0, gpu=0, threads=2 if at_once > 1 else None):
+def job(name, arguments, processes=0, gpu=0):
     """A run: alone on one of the GPUs, or one process a rank; stopped where it takes far longer than it should."""
     environment = {} if processes else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    if threads:  # of a processor that others use too; without, they get all of it
-        environment["OMP_NUM_THREADS"] = str(threads)
+    if at_once > 1 or not GPUS:  # threads that wait for each other are slow where a processor has other work too
+        environment["OMP_NUM_THREADS"] = "2" if GPUS else "1"
     return ranks.Job(name, arguments, log_dir, processes, 7200 if large else 260 if at_once > 1 else 600, environment)
 
 
@@ -166,7 +166,7 @@ stages = {n: results.folder / f"B_pipeline_{n}.json" for n in (1, 2)}
 pipelined = GPUS > 1 or (not GPUS and torch.__version__ >= (2, 13))
 jobs.append(features)
 if pipelined:
-    jobs += [job(f"pipeline on {n}", [*pipeline, "--out", str(stages[n])], n if n > 1 else 0, gpu=max(GPUS - 1, 0), threads=1) for n in (1, 2)]
+    jobs += [job(f"pipeline on {n}", [*pipeline, "--out", str(stages[n])], n if n > 1 else 0, gpu=max(GPUS - 1, 0)) for n in (1, 2)]
 
 # %% [markdown]
 # **The 8B bench begins to warm up:** its processes load and compile beside what follows and then wait, without a step,
