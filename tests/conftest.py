@@ -24,6 +24,7 @@ def _gpu() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads of tests side by side would wait for each other
     _gpu()
 
 
@@ -41,11 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process of one thread a core; on a GPU one in all, whose memory is then measured alone."""
-    if _gpu():
-        return 0
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return os.cpu_count() or 1
+    """One process a core; on a GPU one in all, whose memory is then measured alone."""
+    return 0 if _gpu() else os.cpu_count() or 1
 
 
 def pytest_report_header() -> str:
