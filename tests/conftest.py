@@ -24,7 +24,7 @@ def _gpu() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads of tests side by side would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
     _gpu()
 
 
