@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .bench_trainer import CONTENDERS, SAVE, Case, _write, ours, unsloth
+from .bench_trainer import SAVE, Case, _write, ours, unsloth
 from .memory import GIB
 
+CONTENDERS = ("stock", "unsloth", "ours")
 CAPS = {"T4": (14.7, "float16"), "H100": (80.0, "bfloat16")}  # GiB (at most the card's own), compute dtype
 GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
 START = 2048
@@ -63,7 +64,7 @@ def run_probe(probe: Probe, folder: str) -> dict[str, Any]:
     if probe.contender == "unsloth":
         unsloth(case, folder, [seen])
     else:
-        ours(case, probe.contender == "stock", folder, [seen])
+        ours(case, probe.contender, folder, [seen])
     allocated, reserved = peak_gib()
     return {"fits": True, "allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3),
             "step_s": round(seen.times[-1] - seen.times[-2], 3), "losses": seen.losses}  # fmt: skip
