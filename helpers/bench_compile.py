@@ -120,6 +120,7 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
 
 @contextlib.contextmanager
 def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
+    """Within, ``model`` is compiled as a variant's words say."""
     if "compiled" not in words:
         yield
         return

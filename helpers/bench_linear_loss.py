@@ -56,10 +56,12 @@ def make_case(rows=ROWS, hidden=HIDDEN, vocabulary=VOCABULARY, trained=True, dty
 
 
 def full_logits(case: Case) -> Tensor:
+    """PyTorch's own: all logits, in float32."""
     return F.cross_entropy(case.head(case.x).float(), case.labels, ignore_index=IGNORED)
 
 
 def ours(case: Case, **options) -> Tensor:
+    """`linear_forward`, for which cross entropy is any function."""
     return linear_forward(
         case.x, case.head, case.labels, forward_function=cross_entropy, ignore_index=IGNORED, denominator=case.items,
         **options,
@@ -67,18 +69,21 @@ def ours(case: Case, **options) -> Tensor:
 
 
 def liger(case: Case) -> Tensor:
+    """Liger's fused kernel."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(case.x, case.head.weight, case.labels, ignore_index=IGNORED)
 
 
 def apple_cce(case: Case) -> Tensor:
+    """Apple's cut cross entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(case.x, case.head.weight, case.labels, ignore_index=IGNORED)
 
 
 def trl_chunked(case: Case) -> Tensor:
+    """TRL's chunked log-probabilities."""
     from trl.kernels import ChunkedLogProbFunction
 
     mask = case.labels != IGNORED
@@ -89,6 +94,7 @@ def trl_chunked(case: Case) -> Tensor:
 
 
 def torch_linear_cross_entropy(case: Case) -> Tensor:
+    """PyTorch's own fused loss, in releases that have one."""
     return F.linear_cross_entropy(case.x, case.head.weight, case.labels, ignore_index=IGNORED)
 
 

@@ -61,10 +61,14 @@ class Rows:
                 self.machine[package] = ""
 
     def add(self, measurement: str, case: str, dtype: torch.dtype | None, contender: str, value: float, unit: str):
+        """Keep one measured value, with the machine and versions."""
         values = (measurement, case, str(dtype or "both").removeprefix("torch."), contender, round(value, 4), unit)
         self.rows.append({**dict(zip(COLUMNS, values, strict=True)), **self.machine})
 
     def append_to(self, path: Path) -> None:
+        """Write the rows after those that ``path`` has."""
+        if not self.rows:
+            return
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.rows[0], lineterminator="\n")
@@ -89,6 +93,7 @@ def training_dtype() -> torch.dtype:
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Params4bit, bnb.QuantState]:
+    """A packed NF4 weight [rows, columns] of doubly quantised random numbers, and its state."""
     weight = torch.randn(rows, columns, dtype=dtype, device="cuda") * 0.02
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     return Params4bit(packed, quant_state=state, quant_type="nf4", bnb_quantized=True), state

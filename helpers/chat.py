@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class ChatArguments:
+    """What the command can be told."""
+
     adapter: str = field(metadata={"help": "folder that training saved the adapter in"})
     prompt: str | None = field(default=None, metadata={"help": "asked once; without it, a conversation until Ctrl-D"})
     max_new_tokens: int = field(default=256, metadata={"help": "tokens of an answer, at most"})

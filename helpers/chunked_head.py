@@ -36,7 +36,8 @@ def chunked_head(
     Args:
         model: a causal language model of transformers, plain or within PEFT or a wrapper that has it as ``module``.
         temperature: what logits are divided by.
-        outputs: among "log_probs" (always), "entropy" and "is_top1".
+        outputs: among "log_probs" (always), "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1", as TRL names
+            them: DPO and KTO want all or nearly all, SFT the first two and the last, GRPO the first two.
         differentiable_entropy: False where the entropy is only logged: it then costs nothing in the backward pass.
         full: all logits at once and plain autograd, for comparison.
         options: of `linear_forward`.
@@ -147,6 +148,10 @@ def _scored(
         if "entropy" in outputs:
             seen = logp if differentiable_entropy else logp.detach()
             found["entropy"] = -(seen.exp() * seen).sum(1)
+        if "log_sum_sq_probs" in outputs:
+            found["log_sum_sq_probs"] = torch.logsumexp(2 * logp.detach(), 1)
+        if "mean_logits" in outputs:
+            found["mean_logits"] = logits.detach().mean(1) / temperature
         if "is_top1" in outputs:
             found["is_top1"] = logits.detach().argmax(1) == labels
         return tuple(found[name] for name in outputs)

@@ -63,9 +63,11 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak: the loss's chunk is gone before a layer's backward begins."""
         return sum(self.weights) + sum(self.trained) + self.saved + max(self.work, self.loss)
 
     def rows(self) -> list[tuple[str, int]]:
+        """Name and bytes of each part, the sum last."""
         names = ("weights, packed NF4", "weights, absmax", "weights, unquantised")
         names += ("adapters", "gradients", "optimizer")
         named = list(zip(names, (*self.weights, *self.trained), strict=True))

@@ -225,6 +225,8 @@ def write_gguf(path: Path, kind: str, values: dict[str, Any], tensors: Tensors, 
 
 @dataclass
 class ExportArguments:
+    """What the command can be told."""
+
     adapter: str = field(metadata={"help": "folder that training saved the adapter in"})
     output_dir: str = field(metadata={"help": "folder for the GGUF file"})
     dtype: str = field(default="f16", metadata={"help": "of matrices: f32, f16 or q8_0"})

@@ -34,6 +34,8 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 
 @dataclass
 class PushArguments:
+    """What the command can be told."""
+
     adapter: str = field(metadata={"help": "folder that training saved the adapter in"})
     repo_id: str = field(metadata={"help": "OWNER/NAME on the Hub; made where it does not exist"})
     base_model: str | None = field(default=None, metadata={"help": "Hub id of a base that was a folder here"})

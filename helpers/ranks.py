@@ -79,6 +79,7 @@ class Job:
     _shown: int = field(default=0, init=False)
 
     def start(self) -> Job:
+        """Start its processes and return at once."""
         folder = Path(self.log_dir) / self.name
         folder.mkdir(parents=True, exist_ok=True)
         count = max(self.ranks, 1)

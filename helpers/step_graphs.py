@@ -68,10 +68,12 @@ class StepGraphs:
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
+        """Where everything is recorded."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def pool(self) -> tuple[int, int]:
+        """The memory that all recordings share."""
         return torch.cuda.graph_pool_handle()
 
     def _recorded(self, ids: Tensor, labels: Tensor) -> _Step:

@@ -59,6 +59,7 @@ class TrainResult:
 
     @property
     def losses(self) -> list[float]:
+        """The loss of each step."""
         return [row["loss"] for row in self.rows]
 
     @property

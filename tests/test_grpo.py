@@ -107,7 +107,7 @@ def test_fused_output_equals_the_models_own_logits(cap):
     logp = logits.log_softmax(-1)
     mask = labels[:, 1:] != -100
     forward = model.forward
-    outputs = ("log_probs", "entropy", "is_top1")
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     with chunked_head(model, 0.7, outputs=outputs, chunk_size=4):
         out = model(ids, labels=labels, fused_lm_head=True)
         none = model(ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
@@ -116,6 +116,8 @@ def test_fused_output_equals_the_models_own_logits(cap):
     wanted = logp.gather(2, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(out.log_probs, wanted * mask)
     torch.testing.assert_close(out.entropy, -(logp.exp() * logp).sum(-1) * mask)
+    torch.testing.assert_close(out.log_sum_sq_probs, (logp.exp() ** 2).sum(-1).log() * mask)
+    torch.testing.assert_close(out.mean_logits, logits.mean(-1) * mask)
     assert (out.is_top1 == ((logits.argmax(-1) == ids[:, 1:]) & mask)).all()
     torch.testing.assert_close(out.loss, -(wanted * mask).sum() / mask.sum())
     gradients = [
