@@ -101,6 +101,7 @@ def plain(weight: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
 
 def ceiling(step: int, steps: int, num_warps: int) -> Decoder:
     """`ceiling_kernel` with these constants, called as a decoder is."""
+
     def copy(weight, state):
         out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
         ceiling_kernel[(out.numel() // (8 * step * steps),)](
