@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .bench_trainer import SAVE, Case, _write, ours, unsloth
+from .bench_trainer import SAVE, Case, ours, unsloth
 from .memory import GIB
+from .results import write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
 CAPS = {"T4": (14.7, "float16"), "H100": (80.0, "bfloat16")}  # GiB (at most the card's own), compute dtype
@@ -160,7 +161,7 @@ def bench(
             return {}
         found = start_probe(probe, weights, limit_s)
         probes.append(asdict(probe) | found)
-        _write(probes, out / "context_probes.csv")
+        write_rows(probes, out / "context_probes.csv")
         print(f"{probe.shape:14s} {probe.contender:8s} {probe.cap_gib:5.1f} GiB {probe.length:8,d} tokens: {found}",
               flush=True)  # fmt: skip
         return found
@@ -180,7 +181,7 @@ def bench(
                     start = tokens or start  # the next contender's end is not far from this one's
                     rows.append({"shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
                                  "tokens": tokens, "next_does_not_fit": known, "error": error})  # fmt: skip
-                    _write(rows, out / "context_bench.csv")
+                    write_rows(rows, out / "context_bench.csv")
     draw(rows, out / "context_bench.png")
     return rows
 

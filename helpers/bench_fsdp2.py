@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import json
 import os
@@ -28,6 +27,7 @@ from typing import Any
 from . import bench_trainer
 from .memory import GIB
 from .ranks import Job, places
+from .results import write_rows
 from .turns import take_turn, turn, wait_for_file, warm
 
 WARMUP = 2  # steps that compile and fill the allocator
@@ -200,10 +200,10 @@ class Bench:
         row: dict[str, Any] = {"gpus": int(gpus), "contender": name, "error": job.failure}
         if not job.failure:
             for rank, each in enumerate(found):
-                _write_csv(each.pop("memory"), self.out / f"{job.name}, memory of GPU {rank}.csv")
+                write_rows(each.pop("memory"), self.out / f"{job.name}, memory of GPU {rank}.csv")
             row |= _row(self.case, int(gpus), found)
         self.rows.append(row)
-        _write_csv(self.rows, self.out / "fsdp2_bench.csv")
+        write_rows(self.rows, self.out / "fsdp2_bench.csv")
         print(_line(row), flush=True)
 
 
@@ -250,14 +250,6 @@ def _line(row: dict[str, Any]) -> str:
         return f"{what} FAILED: {row['error'][:300]}"
     return (f"{what} {row['tokens_per_s']:7,d} tokens/s  step {row['step_s']:.3f} s  {row['allocated_gib']:5.2f} GiB "
             f"allocated, {row['reserved_gib']:5.2f} reserved")  # fmt: skip
-
-
-def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

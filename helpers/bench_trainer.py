@@ -11,7 +11,6 @@ go to `trainer_bench.csv` as soon as they are measured.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import importlib.util
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .ranks import Job, places
+from .results import write_rows
 from .turns import take_turn, turn, wait_for_file, warm
 
 GIB_EACH = 10.0  # of a GPU, at most, for a contender that shares it with others while they warm up
@@ -167,7 +167,7 @@ def bench(cases: Sequence[Case], contenders: Sequence[str], out: Path, limit_s: 
                         print(f"{case.name:26s} {name:8s} FAILED: {contender.failure}", flush=True)
                         continue
                     rows.append(_row(case, name, found[0]))
-                    _write(rows, out / "trainer_bench.csv")
+                    write_rows(rows, out / "trainer_bench.csv")
                 running.clear()
         finally:
             for started in [*saving, *(contender for contender, _, _ in running.values())]:
@@ -184,13 +184,6 @@ def _row(case: Case, contender: str, found: dict[str, Any]) -> dict[str, Any]:
     print(f"{case.name:26s} {contender:8s} {row['step_s']:7.3f} s  {row['allocated_gib']:6.2f} GiB  losses "
           f"{row['first_losses']}", flush=True)  # fmt: skip
     return row | {"trainable_dtype": found["trainable_dtype"], "machine": machine(), **versions()}
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(argv: list[str] | None = None) -> int:

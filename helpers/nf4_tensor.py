@@ -9,7 +9,7 @@ tensor, so any FSDP2 takes it as a parameter, and hands the all-gather its bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -283,6 +283,11 @@ def use_nf4_tensors(model: nn.Module, shards: int = 1, decoder: str = "bitsandby
     One layer at a time and without copying bytes, so memory does not rise. ``decoder`` is ``triton`` or
     ``bitsandbytes``.
     """
+    return replace_linears(model, lambda linear: NF4Linear(linear, shards, decoder))
+
+
+def replace_linears(model: nn.Module, made_of: Callable[[Linear4bit], nn.Module]) -> int:
+    """Replace every ``Linear4bit`` of ``model`` by what ``made_of`` makes of it, one at a time; returns how many."""
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -290,5 +295,5 @@ def use_nf4_tensors(model: nn.Module, shards: int = 1, decoder: str = "bitsandby
         if isinstance(child, Linear4bit)
     ]
     for parent, name, child in found:
-        setattr(parent, name, NF4Linear(child, shards, decoder))
+        setattr(parent, name, made_of(child))
     return len(found)

@@ -11,7 +11,7 @@ import datetime
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save_rows(stem: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write ``rows`` (one mapping each; the union of their keys are the columns) as ``<stem>.csv``."""
-    rows = list(rows)
-    path = output_folder() / f"{stem}{rehearsal_suffix()}.csv"
+    """Write ``rows`` as ``<stem>.csv`` in the run's folder."""
+    return write_rows(list(rows), output_folder() / f"{stem}{rehearsal_suffix()}.csv")
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write ``rows`` (one mapping each; the union of their keys are the columns) to ``path``."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

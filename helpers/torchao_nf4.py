@@ -15,17 +15,18 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from . import fsdp2
+from .nf4_tensor import replace_linears
 
 
 class TorchAOLinear(nn.Module):
     """A frozen ``Linear4bit`` whose weight is torch AO's ``NF4Tensor`` of [out, in]."""
 
     def __init__(self, linear: Linear4bit):
-        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+        from torchao.quantization import NF4Tensor
 
         super().__init__()
         weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        self.weight = nn.Parameter(to_nf4(weight, block_size=64, scaler_block_size=256), requires_grad=False)
+        self.weight = nn.Parameter(NF4Tensor.from_tensor(weight, 64, 256), requires_grad=False)
         self.compute_dtype = linear.compute_dtype or weight.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,15 +38,7 @@ def torchao_weights() -> Iterator[None]:
     """Within, ``helpers.fsdp2`` shards torch AO's tensors; what it checks of ours beforehand is left out."""
 
     def use_torchao(model: nn.Module, shards: int, decoder: str) -> int:
-        found = [
-            (parent, name, child)
-            for parent in model.modules()
-            for name, child in parent.named_children()
-            if isinstance(child, Linear4bit)
-        ]
-        for parent, name, child in found:
-            setattr(parent, name, TorchAOLinear(child))
-        return len(found)
+        return replace_linears(model, TorchAOLinear)
 
     with mock.patch.multiple(fsdp2, use_nf4_tensors=use_torchao, _check=lambda model: None):
         yield
