@@ -86,7 +86,7 @@ print(inspect.getsource(nf4_reference.dequantize_reference))
 # converts: 10 to 15 instructions an element on a T4. But a block has only 16 possible outputs. Ours gives a lane a whole
 # block: it rounds those 16 products once and then looks four nibbles up at a time with PTX `prmt`: per output no
 # multiplication, no conversion and no table in memory. Odd sizes, float32 and the interpreter take the second body, in
-# plain Triton. Loads carry cache eviction hints: codes and scales are read once, the two small tables by every program.
+# plain Triton. A cache eviction hint keeps the two small tables, which every program reads.
 
 # %%
 from helpers import nf4, nf4_baselines
