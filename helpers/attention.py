@@ -214,10 +214,10 @@ def _sdpa(q, k, v, mask, scale, softcap, dropout):
     shared = q.is_cuda and dense is None and q.dtype in HALF and _is_ampere(q.device.index or 0)
     if not shared:
         k, v = _expanded(q, k), _expanded(q, v)
+    # A comparison of head counts would be symbolic where Dynamo knows them only as quotients; it must be a bool.
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, dropout_p=dropout, is_causal=is_causal, scale=scale,
-        enable_gqa=shared and q.shape[1] != k.shape[1],
-    )  # fmt: skip
+        q, k, v, attn_mask=dense, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=shared
+    )
 
 
 @contextlib.contextmanager
@@ -256,7 +256,7 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
         if not _is_ampere(q.device.index or 0):  # FMA code: the default tile spills (measured on sm_75 PTX)
             options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}
     return flex_attention(
-        q, k, v, score_mod, block_mask, scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+        q, k, v, score_mod, block_mask, scale, enable_gqa=True, kernel_options=options
     )
 
 

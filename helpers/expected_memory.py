@@ -147,7 +147,9 @@ def expected(config: Any, args: TrainArguments, lengths: Sequence[int]) -> Memor
     rows, length = tokens_of(lengths, args)
     longest = _memory(s, args, dtype.itemsize, rows, length)
     few = COMPILE_LOGITS // s.vocabulary // rows  # tokens a row, up to which the chunked loss is not compiled
-    if args.loss != "chunked" or args.compile or args.packing or not min(lengths) <= few < length:
+    short = sum(tokens <= few for tokens in lengths) / len(lengths)
+    met = short**rows * args.steps * args.accumulation  # micro-batches so short
+    if args.loss != "chunked" or args.compile or args.packing or met < 0.5 or few >= length:
         return longest
     return max(longest, _memory(s, args, dtype.itemsize, rows, few), key=lambda memory: memory.total)
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -153,7 +154,10 @@ def check_attention() -> tuple[bool, str]:
 
 
 def _whole_model() -> tuple[bool, str]:
-    """Loss and gradients of Unsloth's Llama, with its own dispatch and with each of our backends in its place."""
+    """Loss and gradients of Unsloth's Llama, with its own dispatch and with each of our backends in its place.
+
+    Its blocks run eager for this: compiled by Unsloth, with every size symbolic, ours took over 4 minutes to be traced.
+    """
     import torch
 
     model, _ = _language_model()
@@ -167,7 +171,8 @@ def _whole_model() -> tuple[bool, str]:
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    eager = mock.patch.dict(os.environ, {"UNSLOTH_BLOCK_COMPILE": "0"})
+    with eager, torch.autocast("cuda", dtype=torch.bfloat16):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import logging
 import os
 import random
@@ -128,6 +129,9 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
                 parameter.data = adapters[name]
         if (scaler := self.accelerator.scaler) is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": FIRST_SCALE})
+        # from_pretrained leaves the base in evaluation mode beneath an adapter in training mode: `training_step` looks at
+        # the latter alone, and a layer in evaluation mode is not checkpointed.
+        self.model.train()
         self._saving_into: str | None = None
         self._tokens_since_log: torch.Tensor | int = 0
         self._flops_per_token: int | None = None
@@ -207,6 +211,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     resume_from = _checked_output(args)
     sharding = _sharding(args)
     config = sft_config(args)
+    gc.collect()  # an earlier run's model, which would go in the middle of this one
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     host.quiet()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)

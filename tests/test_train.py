@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from helpers import checkpoints, merge
+from helpers import checkpoints, fsdp2, merge
 from helpers.train import QLoRATrainer, TrainArguments, main, train
 
 TINY = {"model": "shape:tiny", "dataset": "random:8-40x64", "max_length": 40, "lora_rank": 4, "learning_rate": 1e-2}
@@ -25,6 +26,35 @@ def test_two_runs_give_the_same_losses(tmp_path):
     first, second = run(tmp_path / "a"), run(tmp_path / "b")
     assert first.losses == second.losses and len(first.losses) == 4
     assert first.losses[-1] != first.losses[0]
+
+
+def test_every_layer_of_a_loaded_model_is_in_training_mode(tmp_path):
+    class Modes(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.evaluating = [name for name, module in model.named_modules() if not module.training]
+
+    base = checkpoints.load_base("shape:tiny")
+    base.model.save_pretrained(tmp_path / "model"), base.tokenizer.save_pretrained(tmp_path / "model")
+    modes = Modes()
+    train(TrainArguments(
+        model=str(tmp_path / "model"), dataset="random:8-40x64", steps=1, output_dir=str(tmp_path / "run"), prompt="",
+    ), [modes])  # fmt: skip
+    assert modes.evaluating == []
+
+
+def test_gradients_are_clipped_as_pytorch_clips_them():
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 7)) for _ in range(2)]
+    gradients = [torch.randn_like(p) for p in models[0].parameters()]
+    for model in models:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+    wanted = torch.nn.utils.clip_grad_norm_(models[0].parameters(), 2.0)
+    torch.testing.assert_close(fsdp2.clip_grad_norm(models[1], 2.0), wanted)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    exact = torch.cat([g.flatten().double() for g in gradients]).norm()
+    assert fsdp2.clip_grad_norm(models[0], 1e9) == pytest.approx(2.0, rel=1e-6) and wanted == pytest.approx(exact.item())
 
 
 def test_resume_equals_no_interruption(tmp_path):
