@@ -255,9 +255,7 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
         options = {"FORCE_USE_FLEX_ATTENTION": True}
         if not _is_ampere(q.device.index or 0):  # FMA code: the default tile spills (measured on sm_75 PTX)
             options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32}
-    return flex_attention(
-        q, k, v, score_mod, block_mask, scale, enable_gqa=True, kernel_options=options
-    )
+    return flex_attention(q, k, v, score_mod, block_mask, scale, enable_gqa=True, kernel_options=options)
 
 
 @functools.cache

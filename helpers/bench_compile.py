@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -206,6 +207,7 @@ def main() -> None:
             clock.profiler.export_chrome_trace(str(out / f"{variant}.trace.json.gz"))
         del clock
         torch._dynamo.reset()
+        gc.collect()  # or the next variant's peak counts this one's adapters and optimizer
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

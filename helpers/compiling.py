@@ -329,9 +329,15 @@ def _summed_in_chunks(region: Callable, head: nn.Linear, hidden: Tensor, labels:
     return MemoryEfficientLinear.apply(plan, hidden, 1, labels)[0]
 
 
-def _not_packed() -> contextlib.AbstractContextManager:
-    """Within, transformers does not look for packed rows where no positions are given: it would wait for the GPU."""
-    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+@contextlib.contextmanager
+def _not_packed() -> Iterator[None]:
+    """Within, transformers does not look for packed rows where no positions are given: it would wait for the GPU. Nor
+    does it take a CUDA graph's recording for a reason to write out the mask of causal attention."""
+    with (
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+    ):
+        yield
 
 
 def gather_head(head: nn.Module, device: torch.device) -> None:

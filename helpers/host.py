@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import subprocess
@@ -142,6 +143,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*deterministic")  # asked for where PyTorch has it, and no further
     warnings.filterwarnings("ignore", message="\nOnline softmax is disabled")  # Inductor, of the loss
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 stays float32
+    warnings.filterwarnings("ignore", message="Warning: Profiler clears events")  # one cycle is all that is recorded
+    warnings.filterwarnings("ignore", message="invalid escape sequence")  # torch AO's docstrings, compiled on import
+    if rehearsing_t4():  # of max_autotune on few multiprocessors, which `compile_model` uses all the same
+        logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     import datasets

@@ -129,7 +129,7 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
                 parameter.data = adapters[name]
         if (scaler := self.accelerator.scaler) is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": FIRST_SCALE})
-        # from_pretrained leaves the base in evaluation mode beneath an adapter in training mode: `training_step` looks at
+        # from_pretrained leaves the base in evaluation mode under an adapter in training mode: `training_step` looks at
         # the latter alone, and a layer in evaluation mode is not checkpointed.
         self.model.train()
         self._saving_into: str | None = None

@@ -347,7 +347,7 @@ import matplotlib.pyplot as plt
 from helpers import bench_linear_loss as bench
 
 total_gib = torch.cuda.get_device_properties(0).total_memory / 1024**3 if GPU else 0
-SHAPE = (16384, 4096, 131072) if total_gib > 60 else (4096, 2048, 131072) if GPU else (512, 64, 4000)
+SHAPE = (16384, 4096, 131072) if total_gib > 60 else (2048, 2048, 131072) if GPU else (512, 64, 4000)
 options = {} if GPU else {"chunk_size": 64}
 curves, reductions = {}, {}
 for trained in (True, False):
@@ -492,7 +492,7 @@ if GPU:
 # challenge's Llama-3.2-1B where the Hub answers. Elsewhere the real weights are SmolLM2-135M's, and on a GPU the 1B shape is
 # trained too, with random weights: its memory and arithmetic are real, its loss is that of noise. Real weights train in fp16, as
 # on a T4, with GradScaler: in bfloat16 SmolLM2's loss moves by up to 0.7% when any product is rounded another way, and by less
-# than 0.1% in fp16. The learning rate is a twentieth of the usual one: Adam's first steps turn mere roundings into whole updates.
+# than 0.1% in fp16. The learning rate is a tenth of the usual one: Adam's first steps turn mere roundings into whole updates.
 
 # %%
 from helpers.train import TrainArguments, train
@@ -507,7 +507,7 @@ for name in names:
         print(f"--- {name}, {loss}")
         data = f"random:200-512x{4 * steps}" if name.startswith("shape:") else DATASET
         runs[name, loss] = train(TrainArguments(
-            model=name, dataset=data, steps=steps, loss=loss, batch_size=4 if GPU else 1, accumulation=1, learning_rate=1e-5,
+            model=name, dataset=data, steps=steps, loss=loss, batch_size=4 if GPU else 1, accumulation=1, learning_rate=2e-5,
             dtype="float16" if GPU and name != "shape:llama-3.2-1b" else "auto", max_length=512 if GPU else 128, checkpointing=False, prompt="", output_dir=str(results.folder / f"E_{loss}_{len(runs)}"),
         ))
         gc.collect()

@@ -54,7 +54,8 @@ def test_gradients_are_clipped_as_pytorch_clips_them():
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     exact = torch.cat([g.flatten().double() for g in gradients]).norm()
-    assert fsdp2.clip_grad_norm(models[0], 1e9) == pytest.approx(2.0, rel=1e-6) and wanted == pytest.approx(exact.item())
+    assert wanted == pytest.approx(exact.item())
+    assert fsdp2.clip_grad_norm(models[0], 1e9) == pytest.approx(2.0, rel=1e-6)
 
 
 def test_resume_equals_no_interruption(tmp_path):
@@ -62,7 +63,6 @@ def test_resume_equals_no_interruption(tmp_path):
 
     class Killed(BaseException):
         pass
-
 
     from transformers import TrainerCallback
 
