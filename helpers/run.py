@@ -13,11 +13,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import papermill
+import psutil
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
@@ -83,20 +84,34 @@ class PeakMemory:
             self.gib = max(self.gib, used() / GIB)
 
 
-def _gpu_bytes_used():
+def _gpu_bytes_used() -> Callable[[], int] | None:
+    """Bytes that the notebook's processes hold on the fullest of its GPUs; None without a GPU.
+
+    Where the driver does not name processes (in most containers), the bytes in use beyond those at the start.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        numbered = re.fullmatch(r"[\d, ]+", visible)  # or identifiers, or nothing
+        wanted = map(int, visible.split(",")) if numbered else range(pynvml.nvmlDeviceGetCount())
+        cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in wanted]
+        before = [pynvml.nvmlDeviceGetMemoryInfo(card).used for card in cards]
     except Exception:  # no driver, no NVML: the machine has no GPU to watch
         return None
-    return lambda: max(pynvml.nvmlDeviceGetMemoryInfo(card).used for card in cards)
+
+    def used() -> int:
+        mine = {process.pid for process in psutil.Process().children(recursive=True)}
+        running = [[p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(c) if p.pid in mine] for c in cards]
+        if any(running):
+            return max(sum(p.usedGpuMemory or 0 for p in processes) for processes in running)
+        return max(pynvml.nvmlDeviceGetMemoryInfo(c).used - b for c, b in zip(cards, before, strict=True))
+
+    return used
 
 
 def _resident_bytes() -> int:
-    import psutil
-
     total = 0
     for process in psutil.Process().children(recursive=True):
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+import types
 from collections import Counter
 
 import pytest
 import torch
 
-from helpers import host, results, t4
+from helpers import host, results, run, t4
 from helpers.results import Results
 
 
@@ -81,3 +83,24 @@ def test_a_figure_lies_beside_the_rows_it_is_drawn_from(folder):
             {"step": "1", "loss": "3.0", "note": ""}, {"step": "2", "loss": "4.0", "note": "x"},
         ]  # fmt: skip
     assert not plt.get_fignums()  # closed: shown once, by the notebook
+
+
+@pytest.mark.parametrize(("named", "gib"), [(True, 3.0), (False, 5.0)])
+def test_peak_memory_is_of_the_notebooks_own_gpus_and_processes(named, gib, monkeypatch):
+    used = {0: [40, 70], 1: [2, 7]}  # GiB before and later, of which a notebook on card 1 holds 3
+
+    def running(card):
+        return [types.SimpleNamespace(pid=11 if named else 99, usedGpuMemory=3 * run.GIB)] if card == 1 else []
+
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetMemoryInfo=lambda card: types.SimpleNamespace(used=used[card][0] * run.GIB),
+        nvmlDeviceGetComputeRunningProcesses=running,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr(run.psutil.Process, "children", lambda self, recursive: [types.SimpleNamespace(pid=11)])
+    read = run._gpu_bytes_used()
+    for amounts in used.values():
+        amounts.pop(0)
+    assert read() / run.GIB == gib
