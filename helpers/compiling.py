@@ -1,7 +1,7 @@
 """torch.compile for a QLoRA model, in place and undone on exit: no graph break, and one graph for every length.
 
-Four regions: the embedding, the rotary frequencies, the decoder layer (attention, MLP, norms, LoRA and the decoding of
-NF4, one graph for all layers), and the final norm with the head and the loss.
+Three regions: the rotary frequencies, the decoder layer (attention, MLP, norms, LoRA and the decoding of NF4, a graph
+for all layers), and the final norm with the head and the loss. The embedding is a lookup: nothing in it to compile.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import one_graph, without_cudnn
+from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half
 from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
@@ -62,8 +63,9 @@ def compile_model(
 ) -> Iterator[CompiledModel]:
     """Within the context the model's regions run compiled, in training and in evaluation with labels.
 
-    Generation (a forward with a cache) stays eager. Gradient checkpointing may be switched on or off at any time; it is
-    done inside the layer's graph, whose backward pass then recomputes without returning to Python. Right padding is
+    Generation (a forward with a cache) stays eager. Gradient checkpointing may be switched on or off at any time; of
+    the families that helpers/layer_checkpoint.py knows it is done there, over the two halves of a layer as graphs of
+    their own; of others inside the layer's graph, whose backward pass then recomputes all of it. Right padding is
     invisible to causal attention, so its mask is dropped, and a batch of one token or row is padded to two: PyTorch
     compiles sizes 0 and 1 apart. With ``labels`` the model returns a loss and no logits.
 
@@ -75,8 +77,8 @@ def compile_model(
         pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
             for each size it has not met; multiples recur.
         cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask.
-        sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py and its embedding is not, since
-            FSDP2's hooks must run around them.
+        sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py, since FSDP2's hooks must run
+            around them.
 
     Raises:
         ValueError: the model has no decoder layers that this could compile.
@@ -104,9 +106,8 @@ def compile_model(
             stack.enter_context(triton_matmul_on_small_gpus())
         compiled.parts["layers"] = "compiled"
         if not sharded:
-            region = compile(_layer)
-            stack.enter_context(_called_as(layers, functools.partial(_call_layer, region)))
-            compiled.parts["embedding"] = _compile_embedding(stack, base, compile)
+            regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
+            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, can_be_halved(layers[0]))))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
         if compiled.cuda_graphs:
@@ -173,49 +174,32 @@ def _called_as(modules: Iterable[nn.Module], call: Callable) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _layer(layer: nn.Module, checkpointed: bool, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def _layer(layer: nn.Module, marked: bool, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The region of a decoder layer.
 
     A checkpoint around the compiled call would run two Python hooks for each of the fifty-odd tensors it saves, packed
     weights and their statistics included, in forward and again in backward. In the graph it is a mark for the compiler.
     """
-    if checkpointed:
+    if marked:
         return checkpoint(functools.partial(nn.Module.__call__, layer, **kwargs), *args, use_reentrant=False)
     return nn.Module.__call__(layer, *args, **kwargs)
 
 
-def _call_layer(region: Callable, cls: type, layer: nn.Module, *args, **kwargs) -> Tensor:
+def _call_layer(regions: tuple[Callable, ...], halved: bool, cls: type, layer: nn.Module, *args, **kwargs) -> Tensor:
     if kwargs.get("past_key_values") is not None:
         return cls.__call__(layer, *args, **kwargs)
-    checkpointed = CHECKPOINTS_IN_CALL and layer.gradient_checkpointing and layer.training
-    return region(layer, checkpointed, args, kwargs)
-
-
-def _compile_embedding(stack: contextlib.ExitStack, base: nn.Module, compile: Callable) -> str:
-    embedding = base.get_input_embeddings()
-    if any(parameter.requires_grad for parameter in embedding.parameters()):
-        return "not compiled: it is trained"
-    forward = type(embedding).forward
-
-    def embed(module: nn.Module, ids: Tensor) -> Tensor:
-        return forward(module, ids)
-
-    region = compile(embed)
-
-    def call(cls: type, module: nn.Module, ids: Tensor) -> Tensor:
-        # One flat row of ids under no_grad is one graph for any batch, in training and evaluation. The hook by which
-        # transformers makes the output require gradients breaks the graph, so it is done here instead.
-        with torch.no_grad():
-            out = _reshaped(region(module, _reshaped(ids.contiguous(), -1)), *ids.shape, module.embedding_dim)
-        return out.requires_grad_() if module.training and torch.is_grad_enabled() else out
-
-    stack.enter_context(_called_as([embedding], call))
-    return "compiled"
-
-
-def _reshaped(x: Tensor, *shape: int) -> Tensor:
-    """``x.view(shape)``, but not known as a view: of a view, Dynamo guards the base too."""
-    return torch.ops.aten._unsafe_view(x, shape)
+    region, first, second = regions
+    hidden, *more = args
+    learning = layer.training and torch.is_grad_enabled()
+    if hidden.requires_grad is not torch.is_grad_enabled():  # the first layer's, which would be a graph of its own
+        hidden = hidden.detach().requires_grad_(learning)
+    marked = CHECKPOINTS_IN_CALL and layer.gradient_checkpointing and learning
+    if marked and halved and not more:
+        return checkpointed(
+            layer, hidden, kwargs, first=first, second=second,
+            whole=lambda layer, hidden, kwargs: region(layer, False, (hidden,), kwargs),
+        )  # fmt: skip
+    return region(layer, marked, (hidden, *more), kwargs)
 
 
 def _compile_rotary(stack: contextlib.ExitStack, decoder: nn.Module, compile: Callable) -> str:
@@ -319,14 +303,25 @@ def _summed_in_chunks(region: Callable, head: nn.Linear, hidden: Tensor, labels:
     rows = _chunk_rows(len(hidden), head.out_features * hidden.itemsize)
     if not (hidden.requires_grad and torch.is_grad_enabled()):
         return linear_forward(
-            hidden, head, labels, forward_function=region, chunk_size=rows, denominator=items, compile=False
-        )
+            hidden, head, labels, forward_function=_in_the_graph_of_training(region), chunk_size=rows,
+            denominator=items, compile=False,
+        )  # fmt: skip
     plan = Plan(
         region, head, trained=[], frozen=[], sum_dtype=None, autocast=autocast_now(hidden.device), count=len(hidden),
         kept=None, form=Form((Output(False, torch.Size(), torch.float32, True),)), total=True, denominator=items,
         rows=rows,
     )  # fmt: skip
     return MemoryEfficientLinear.apply(plan, hidden, 1, labels)[0]
+
+
+def _in_the_graph_of_training(region: Callable) -> Callable:
+    """``region`` for evaluation: without gradients it would be compiled once more."""
+
+    def evaluated(hidden: Tensor, linear: nn.Linear, labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return region(hidden.detach().requires_grad_(), linear, labels).detach()
+
+    return evaluated
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import checkpoints
 from .attention import device_capability
 from .compiling import PAD_TO, _chunk_rows
+from .layer_checkpoint import can_be_halved, parts
 from .linear_loss import COMPILE_LOGITS
 from .linear_plan import FROZEN_LOGITS, LEAST_ROWS
 
@@ -48,6 +50,7 @@ class Shapes:
     vocabulary: int
     largest: int  # parameters of the largest quantised matrix
     lora: int  # adapted projections of a layer
+    halved: bool  # compiled and checkpointed, backward does the feed-forward half in parts
 
 
 @dataclass
@@ -90,6 +93,7 @@ def shapes_of(config: Any, dtype: torch.dtype, rank: int) -> Shapes:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     head, text = model.get_output_embeddings(), config.get_text_config()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     first = {name.rpartition(".")[2]: m for name, m in linears.items() if ".layers.0." in name}
     if missing := set(checkpoints.LORA_TARGETS) - first.keys():
         raise ValueError(f"the plan knows Llama-like layers; those of {config.model_type} have no {sorted(missing)}")
@@ -111,6 +115,7 @@ def shapes_of(config: Any, dtype: torch.dtype, rank: int) -> Shapes:
         vocabulary=text.vocab_size,
         largest=max(m.weight.numel() for m in linears.values()),
         lora=len(adapted) // text.num_hidden_layers,
+        halved=bool(layers) and can_be_halved(layers[0]),
     )
 
 
@@ -176,8 +181,12 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
         saved, work = s.layers * width * s.hidden * tokens, work + layer + casts // s.layers
     else:
         saved = s.layers * layer + casts
-    # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on the CPU.
-    work += (7 if args.compile else 2) * width * s.feed_forward * tokens
+    # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on an H100.
+    if args.compile and args.checkpointing and s.halved:
+        layer = tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # the attention half's, and what joins them
+        work = width * s.largest + layer + 11 * width * s.feed_forward * max(parts(tokens))
+    else:
+        work += (7 if args.compile else 2) * width * s.feed_forward * tokens
     return Memory(tokens, weights, trained, saved, work, loss)
 
 

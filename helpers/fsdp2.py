@@ -34,8 +34,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import layer_checkpoint
 from .compiling import gather_head
 from .fsdp2_optimizer import step_on_shards
+from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
 
@@ -247,21 +249,30 @@ def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:
 def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
     """Compile the forward of each block, all to one graph. FSDP2's hooks run in the call around it and stay outside.
 
-    A checkpoint is put inside the graph, where it is a mark for the compiler. Around a compiled call it would run two
-    Python hooks for each tensor that the graph saves, and gather the block's weights before recomputing.
+    Checkpointed, a block is done again by halves (helpers/layer_checkpoint.py), or, where it is of a kind not known
+    there, inside its graph. A checkpoint around the compiled call would run two Python hooks for each tensor that the
+    graph saves, and gather the block's weights before recomputing.
     """
     backend = "inductor" if torch.cuda.is_available() else "eager"  # there Inductor's C++ takes longer than a run
+    compile = functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=backend)
+    halved = can_be_halved(blocks[0])
 
     def block_forward(forward, block, args, kwargs):
         if checkpointed and torch.is_grad_enabled():
             return checkpoint(functools.partial(forward, block, **kwargs), *args, use_reentrant=False)
         return forward(block, *args, **kwargs)
 
-    region = torch.compile(block_forward, fullgraph=True, dynamic=True, backend=backend)
+    region, first, second = compile(block_forward), compile(attention_half), compile(feed_forward_half)
 
     def call(forward, block, *args, **kwargs):
-        run = block_forward if kwargs.get("past_key_values") is not None else region
-        return run(forward, block, args, kwargs)
+        if kwargs.get("past_key_values") is not None:
+            return block_forward(forward, block, args, kwargs)
+        if checkpointed and halved and block.training and torch.is_grad_enabled():
+            return layer_checkpoint.checkpointed(
+                block, *args, kwargs, first=first, second=second,
+                whole=lambda block, hidden, kwargs: region(forward, block, (hidden,), kwargs),
+            )  # fmt: skip
+        return region(forward, block, args, kwargs)
 
     for block in blocks:
         block.forward = functools.partial(call, type(block).forward, block)

@@ -79,22 +79,27 @@ class StepGraphs:
     def _recorded(self, ids: Tensor, labels: Tensor) -> _Step:
         ids, labels = ids.clone(), labels.clone()
         items, upstream = torch.ones((), device=ids.device), torch.ones((), device=ids.device)
+        held = [parameter.grad for parameter in self.parameters]
+        self._hold([None] * len(held))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), self.warm_up():  # compiles, loads kernels, lets cuBLAS choose
             for _ in range(2):
-                torch.autograd.grad(self.loss(ids, labels, items), self.parameters, allow_unused=True)
+                self.loss(ids, labels, items).backward()
         torch.cuda.current_stream().wait_stream(self.stream)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: another thread, which pins memory say, may go on as it likes.
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._hold(self.buffers)  # into which autograd adds in place
         with torch.cuda.graph(forward, **how):
             loss = self.loss(ids, labels, items)
         with torch.cuda.graph(backward, **how):
-            found = torch.autograd.grad(loss, self.parameters, upstream, allow_unused=True)
-            pairs = [(buffer, gradient) for buffer, gradient in zip(self.buffers, found, strict=True)
-                     if gradient is not None]  # fmt: skip
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+            loss.backward(upstream)
+        self._hold(held)
         return _Step(ids, labels, items, upstream, loss.detach(), forward, backward)
+
+    def _hold(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def own_gradients(self) -> None:
         """Make ``grad`` of each parameter our buffer, with what it held."""
@@ -104,7 +109,7 @@ class StepGraphs:
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             if parameter.grad is not None and parameter.grad is not buffer:
                 buffer.copy_(parameter.grad)
-            parameter.grad = buffer
+        self._hold(self.buffers)
 
 
 class _Replay(torch.autograd.Function):

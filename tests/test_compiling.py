@@ -127,7 +127,9 @@ def checkpointing(model, on: bool):
         model.gradient_checkpointing_disable()
 
 
-@pytest.mark.parametrize(("decoder", "checkpointed"), [("bitsandbytes", False), ("triton", True)])
+@pytest.mark.parametrize(
+    ("decoder", "checkpointed"), [("bitsandbytes", False), ("bitsandbytes", True), ("triton", True)]
+)
 def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decoder, checkpointed):
     interpreted = decoder == "triton"  # the kernel: slow, here
     model = qlora_model(layers=1 if interpreted else 2)
@@ -157,9 +159,9 @@ def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decode
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
 
 
-def test_checkpointing_is_in_the_graph():
+def test_checkpointing_of_another_family_is_in_the_graph():
     """Not around it, where each saved tensor would pass through Python hooks."""
-    model = family_model("llama").train()
+    model = family_model("gemma2").train()
     graphs: list[str] = []
 
     def record(graph, inputs):
@@ -172,8 +174,7 @@ def test_checkpointing_is_in_the_graph():
             checkpointing(model, on)
             model(input_ids=ids, labels=ids).loss.backward()
     marked = ["tag_activation_checkpoint" in code for code in graphs]
-    assert marked.count(True) == 1, marked
-    assert marked[-1], "checkpointing was switched on last"
+    assert marked[-1] and marked == sorted(marked), "checkpointing was switched on last, for all kinds of layer"
 
 
 def test_what_a_checkpoint_did_is_all_marked_to_be_done_again():
@@ -324,7 +325,7 @@ def test_what_cannot_be_compiled_is_said():
     ids = torch.randint(3, 256, (2, 9))
     expected = model(input_ids=ids, labels=ids).loss
     with compile_model(model, backend="eager") as compiled:
-        assert "trained" in compiled.parts["embedding"] and "trained" in compiled.parts["norm and loss"]
+        assert "trained" in compiled.parts["norm and loss"]
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
 
 
@@ -367,8 +368,7 @@ class OnTheCPU(StepGraphs):
             step.loss.copy_(step.made.detach())
 
         def backward():
-            found = torch.autograd.grad(step.made, self.parameters, step.upstream)
-            torch._foreach_add_(self.buffers, list(found))
+            step.made.backward(step.upstream)
 
         step.forward, step.backward = SimpleNamespace(replay=forward), SimpleNamespace(replay=backward)
         return step

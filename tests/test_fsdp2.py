@@ -399,7 +399,7 @@ def test_blocks_compile_to_one_graph_without_breaks(two):
     for rank in two:
         found = rank["compiled"]
         assert (found["breaks"], found["recompiles"]) == (0, 0), found["reasons"]
-        assert found["compiles"] == 3  # all blocks, the rotary frequencies, norm and loss
+        assert found["compiles"] == 5  # all blocks whole, their two halves, the rotary frequencies, norm and loss
 
 
 def test_adapter_is_the_one_that_one_process_saves(folder, alone, two):

@@ -1,0 +1,84 @@
+"""Checkpointing of a decoder layer whose feed-forward half runs backward in parts of the tokens.
+
+`torch.utils.checkpoint` keeps a layer's input and does the layer again in the backward pass, where all of one layer's
+activations then live at once. Nearly all of them are the feed-forward part's: a dozen tensors, four times as wide as
+the hidden state. But after attention nothing mixes tokens. So here backward does the attention half again, whole, and
+then the feed-forward half for some tokens at a time, each with its backward pass before the next. The work is equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Families whose layer is hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)).
+KNOWN = {
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
+}  # fmt: skip
+LEAST_TOKENS, MOST_TOKENS = 512, 2048  # of a part: fewer keep a GPU less busy, more are more memory
+
+
+def attention_half(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """``hidden`` [batch, length, width] plus the attention over it."""
+    return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
+
+
+def feed_forward_half(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """``hidden`` [..., width] plus the feed-forward part of each token alone."""
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def can_be_halved(layer: nn.Module) -> bool:
+    """Whether the layer is one of the known ones, and draws no random numbers that a second pass would draw anew."""
+    kind = {cls.__name__ for cls in type(layer).__mro__}
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+    return bool(kind & KNOWN) and not dropout and not getattr(layer.self_attn, "attention_dropout", 0)
+
+
+def parts(tokens: int) -> list[int]:
+    """Tokens of each part: nearly equal, a quarter of them all within `LEAST_TOKENS` and `MOST_TOKENS`."""
+    wanted = min(max(-(-tokens // 4), LEAST_TOKENS), MOST_TOKENS)
+    count = max(1, -(-tokens // wanted))
+    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+
+
+def checkpointed(
+    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], *, whole: Callable, first: Callable, second: Callable
+) -> Tensor:
+    """``whole(layer, hidden, kwargs)``, keeping ``hidden`` alone for the backward pass.
+
+    Args:
+        hidden: [batch, length, width]. kwargs: of the layer; nothing in them is trained.
+        whole: the layer. first, second: `attention_half` and `feed_forward_half`, or compiled, which make it up.
+    """
+    return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second)
+
+
+class _Checkpointed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, layer: nn.Module, kwargs: dict, whole, first, second) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.again = layer, kwargs, first, second
+        kind = hidden.device.type
+        ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        return whole(layer, hidden, kwargs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        layer, kwargs, first, second = ctx.again
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        width = hidden.shape[-1]
+        with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):
+            middle = first(layer, hidden, kwargs)
+            flat, upstream = middle.detach().view(-1, width), grad.reshape(-1, width)
+            found, sizes = torch.empty_like(flat), parts(len(flat))
+            for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
+                rows = rows.clone().requires_grad_()  # not a view: torch.compile would guard what it is a view of
+                torch.autograd.backward(second(layer, rows), given)
+                into.copy_(rows.grad)
+            torch.autograd.backward(middle, found.view_as(middle))
+        return hidden.grad, None, None, None, None, None

@@ -1,0 +1,120 @@
+"""Checkpointing by halves: the same loss and gradients as without, in parts of the tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from helpers import layer_checkpoint
+from helpers.layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, parts
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES), "mistral": MistralConfig(**SIZES, sliding_window=5), "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES), "smollm3": SmolLM3Config(**SIZES),
+}  # fmt: skip
+
+
+def layer_and_inputs(config) -> tuple[nn.Module, torch.Tensor, dict]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    hidden = torch.randn(2, 11, 32)
+    positions = torch.arange(11)[None]
+    kwargs = {
+        "attention_mask": None, "position_ids": positions, "past_key_values": None, "use_cache": False,
+        "position_embeddings": model.model.rotary_emb(hidden, positions),
+    }  # fmt: skip
+    return model.model.layers[0], hidden, kwargs
+
+
+def step(layer: nn.Module, hidden: torch.Tensor, run, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Output, the input's gradient and every parameter's."""
+    hidden = hidden.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        out = run(hidden)
+    (out.float().sin() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), hidden.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+def by_halves(layer: nn.Module, kwargs: dict):
+    return lambda hidden: checkpointed(
+        layer, hidden, kwargs, whole=lambda layer, hidden, kwargs: layer(hidden, **kwargs), first=attention_half,
+        second=feed_forward_half,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_layer_by_halves_is_the_layer(family, monkeypatch):
+    monkeypatch.setattr(layer_checkpoint, "LEAST_TOKENS", 4)
+    layer, hidden, kwargs = layer_and_inputs(CONFIGS[family])
+    assert can_be_halved(layer)
+    expected = step(layer, hidden, lambda hidden: layer(hidden, **kwargs))
+    for got, wanted in zip(step(layer, hidden, by_halves(layer, kwargs)), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_backward_computes_in_forwards_precision_and_adds_to_gradients():
+    layer, hidden, kwargs = layer_and_inputs(CONFIGS["llama"])
+    expected = step(layer, hidden, lambda hidden: layer(hidden, **kwargs), torch.bfloat16)
+    found = step(layer, hidden, by_halves(layer, kwargs), torch.bfloat16)
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got - wanted).norm() <= 1e-2 * wanted.norm()
+    before = layer.mlp.up_proj.weight.grad.clone()
+    by_halves(layer, kwargs)(hidden.requires_grad_()).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(layer.mlp.up_proj.weight.grad, before)
+
+
+def test_the_feed_forward_half_sees_a_part_of_the_tokens_at_a_time(monkeypatch):
+    monkeypatch.setattr(layer_checkpoint, "LEAST_TOKENS", 4)
+    layer, hidden, kwargs = layer_and_inputs(CONFIGS["llama"])
+    seen, alive, most = [], 0, 0
+    forward = layer.mlp.forward
+
+    def watched(x):
+        nonlocal alive, most
+        out = forward(x)
+        if torch.is_grad_enabled():
+            seen.append(x.shape[:-1].numel())
+            alive += seen[-1]
+            most = max(most, alive)
+
+            def gone(gradient, tokens=seen[-1]):
+                nonlocal alive
+                alive -= tokens
+
+            x.register_hook(gone)
+        return out
+
+    layer.mlp.forward = watched
+    step(layer, hidden, by_halves(layer, kwargs))
+    assert sum(seen) == 22 and len(seen) == 4 and most == max(seen)
+
+
+@pytest.mark.parametrize("tokens", [1, 511, 512, 513, 2048, 4096, 8191, 100_000])
+def test_parts_are_nearly_equal_and_bounded(tokens):
+    sizes = parts(tokens)
+    assert sum(sizes) == tokens and max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= max(512, min(-(-tokens // 4), 2048)) and min(sizes) >= min(tokens, 256)
+
+
+def test_layers_that_are_not_known_or_draw_random_numbers_stay_whole():
+    assert not can_be_halved(layer_and_inputs(Gemma2Config(**SIZES))[0])
+    assert not can_be_halved(layer_and_inputs(LlamaConfig(**SIZES, attention_dropout=0.1))[0])
+    layer, _, _ = layer_and_inputs(CONFIGS["llama"])
+    layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(0.1))
+    assert not can_be_halved(layer)
