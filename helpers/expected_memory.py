@@ -177,16 +177,17 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
         shared_heads=width == 2 and not dense and capability() >= (8, 0),
     )  # fmt: skip
     casts = 0 if args.compile or width == 4 else width * s.adapters  # autocast's copies of the adapters
-    if args.checkpointing:
+    # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on an H100.
+    feed_forward = (7 if args.compile else 2) * width * s.feed_forward * tokens
+    if args.checkpointing and args.compile and s.halved:
+        saved = s.layers * width * s.hidden * tokens
+        work += tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # of attention, and what joins the halves
+        feed_forward = 11 * width * s.feed_forward * max(parts(tokens))
+    elif args.checkpointing:
         saved, work = s.layers * width * s.hidden * tokens, work + layer + casts // s.layers
     else:
         saved = s.layers * layer + casts
-    # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on an H100.
-    if args.compile and args.checkpointing and s.halved:
-        layer = tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # the attention half's, and what joins them
-        work = width * s.largest + layer + 11 * width * s.feed_forward * max(parts(tokens))
-    else:
-        work += (7 if args.compile else 2) * width * s.feed_forward * tokens
+    work += feed_forward
     return Memory(tokens, weights, trained, saved, work, loss)
 
 
