@@ -65,6 +65,7 @@ from helpers.results import Results, save_figure
 from helpers.sections import Sections
 
 host.prepare()
+torch.set_num_threads(min(4, torch.get_num_threads()))  # tiny models run on the CPU: more threads only wait for each other
 results = Results("D")
 sections = Sections(results)  # a section that fails is a FAIL in the table, and the next ones run
 host.environment_table()
