@@ -86,14 +86,14 @@ def build() -> None:
 def promote(run: Path) -> list[Path]:
     """Take the notebooks, figures and results of an executed run as the committed copies; all of them or none.
 
-    A folder that `helpers.bench_trainer` wrote gives README's headline figure its rows.
+    A folder that `helpers.bench_trainer`, `bench_context` or `step_costs` wrote gives README a table.
 
     Raises:
         SetupError: no executed notebook in ``run``, one whose cells differ from its source, or one unfit to commit.
     """
     stems = {item.path.stem: item for item in catalogue.notebooks()}
     executed = [path for path in sorted(run.glob("*.ipynb")) if path.stem in stems]
-    files = list(run.glob(readme.BENCH))
+    files = [path for name in readme.PROMOTED if (path := run / name).exists()]
     if not executed and not files:
         raise SetupError(f"{run} holds no executed notebook of {', '.join(stems)}")
     taken: dict[Path, NotebookNode] = {}
@@ -124,7 +124,7 @@ def promote(run: Path) -> list[Path]:
     for place, notebook in taken.items():
         write_notebook(notebook, place)
     (ROOT / "figures").mkdir(exist_ok=True)
-    for kind in {(path.name[0], REHEARSED in path.stem) for path in files}:
+    for kind in {(path.name[0], REHEARSED in path.stem) for path in files if path.name not in readme.PROMOTED}:
         for old in figures_of(*kind, ROOT / "figures"):
             old.unlink()
     for path in files:

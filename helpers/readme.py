@@ -1,6 +1,7 @@
 """README's generated parts, which stand between ``<!-- results NAME -->`` and ``<!-- end -->``, and its figure.
 
-``headline``: step time and memory of stock, Unsloth and ours from ``figures/trainer_bench.csv``, nothing without it;
+``headline``: step time and memory of stock, Unsloth and ours from ``figures/trainer_bench.csv``; ``context``: longest
+sequences from ``context_bench.csv``; ``costs``: a step's largest from ``step_costs.csv``; empty without their files.
 ``open``: links into Kaggle and Colab; ``overview``: a row a committed run; ``not_passed``: what failed or was not run,
 and why. Everything measured comes from the results files.
 """
@@ -13,11 +14,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import catalogue
+from . import catalogue, step_costs
 from .environment import ROOT
 from .results import write_atomically
 
 BENCH = "trainer_bench.csv"  # as `python3 -m helpers.bench_trainer` writes it
+CONTEXT = "context_bench.csv"  # as `python3 -m helpers.bench_context` does
+PROMOTED = (BENCH, CONTEXT, "context_bench.png", step_costs.FILE)  # what `build --promote` takes of benches
 CONTENDERS = {"stock": "stock transformers + TRL", "unsloth": "Unsloth", "ours": "ours", "graphs": "ours, CUDA graphs"}
 Rows = list[dict[str, str]]
 
@@ -42,7 +45,8 @@ def problems() -> list[str]:
 
 def with_parts(readme: str) -> str:
     """``readme`` with its generated parts made anew."""
-    makers = {"headline": _headline, "open": _open, "overview": _overview, "not_passed": _not_passed}
+    makers = {"headline": _headline, "context": _context, "costs": _costs, "open": _open, "overview": _overview,
+              "not_passed": _not_passed}  # fmt: skip
 
     def part(match: re.Match[str]) -> str:
         return f"<!-- results {match[1]} -->\n{makers[match[1]]()}\n<!-- end -->"
@@ -74,7 +78,8 @@ def _not_passed() -> str:
         why: dict[tuple[str, str], list[str]] = {}
         for row in results["criteria"]:
             if row["status"] == "FAIL":
-                measured = f"{row['measured']} {row['unit']}".rstrip()
+                value = f"{row['measured']:.4g}" if isinstance(row["measured"], float) else row["measured"]
+                measured = f"{value} {row['unit']}".rstrip()
                 why["FAIL", f"{row['text']}: {measured}" + (row["bound"] and f" is not {row['bound']}")] = [row["id"]]
             elif row["status"] == "NOT RUN":
                 why.setdefault((row["status"], row["reason"]), []).append(row["id"])
@@ -97,9 +102,9 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def bench_rows() -> Rows:
-    """Rows of the committed trainer bench; none where there is none."""
-    path = ROOT / "figures" / BENCH
+def bench_rows(name: str = BENCH) -> Rows:
+    """Rows of a committed bench, the trainer's if no other; none where there is none."""
+    path = ROOT / "figures" / name
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -117,6 +122,32 @@ def _headline() -> str:
                  for name in CONTENDERS]  # fmt: skip
         lines.append(_row(case, *cells))
     return "\n".join([*lines, "", f"On {_machine(rows)}; medians of one run (`python3 -m helpers.bench_trainer`)."])
+
+
+def _context() -> str:
+    if not (rows := bench_rows(CONTEXT)):
+        return ""
+    names = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
+    lines = [f"![Longest sequences](figures/{Path(CONTEXT).stem}.png)", "",
+             _row("longest row that trains, batch 1, checkpointing", *(CONTENDERS[name] for name in names)),
+             "|---|" + "---|" * len(names)]  # fmt: skip
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        more = "" if row["next_does_not_fit"] == "True" else " or more"
+        where = f"{row['shape']}, {row['cap_gib']} GiB, {row['dtype']}"
+        found.setdefault(where, {})[row["contender"]] = f"{int(row['tokens']):,}{more}"
+    lines += [_row(where, *(by.get(name, "") for name in names)) for where, by in found.items()]
+    return "\n".join([*lines, "", "Tokens, random weights; the next length tried is a quarter of an octave longer."])
+
+
+def _costs() -> str:
+    if not (rows := bench_rows(step_costs.FILE)):
+        return ""
+    how = ["compiled", *(x.replace("_", " ") for x in ("cuda_graphs", "checkpointing") if rows[0][x] == "True")]
+    said = (
+        f"A step of {rows[0]['model'].removeprefix('shape:')}, random weights, {', '.join(how)}, on {_machine(rows)}:"
+    )
+    return f"{said}\n\n{step_costs.table(rows)}"
 
 
 def _by_case(rows: Rows) -> dict[str, dict[str, dict[str, str]]]:

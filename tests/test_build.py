@@ -226,6 +226,25 @@ def test_the_headline_figure_follows_its_rows(repository, tmp_path):
     assert [problem.partition(":")[0] for problem in build.check()[0]] == ["README.md", "figures/trainer_bench.csv"]
 
 
+def test_other_benches_give_readme_their_tables(repository, tmp_path):
+    header = "shape,contender,memory,cap_gib,dtype,tokens,next_does_not_fit,error"
+    rows = ["llama,unsloth,T4,14.7,float16,8192,True,", "llama,ours,T4,14.7,float16,131072,False,"]
+    (tmp_path / "context_bench.csv").write_text("\n".join([header, *rows]))
+    (tmp_path / "context_bench.png").write_bytes(b"")
+    costs = "cost,operations,ms,share,speedup_without,model,cuda_graphs,checkpointing,machine,torch"
+    (tmp_path / "step_costs.csv").write_text(
+        f"{costs}\nNF4 decoding,448,12.5,0.1,1.11,shape:llama,True,False,a GPU,2.13"
+    )
+    kept = sorted((repository / "figures").iterdir())
+    build.promote(tmp_path)
+    build.build()
+    assert build.check()[0] == [] and set(kept) <= set((repository / "figures").iterdir())
+    text = (repository / "README.md").read_text()
+    assert "| llama, 14.7 GiB, float16 | 8,192 | 131,072 or more |" in text
+    assert "A step of llama, random weights, compiled, cuda graphs, on a GPU, torch 2.13:" in text
+    assert "| NF4 decoding | 448 | 12.5 | 10% | 1.11x as fast |" in text
+
+
 def test_a_new_slug_is_stamped_everywhere_without_a_new_run(repository, executed):
     for out in executed:
         build.promote(out)
