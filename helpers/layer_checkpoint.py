@@ -26,9 +26,23 @@ def attention_half(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> 
     return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
 
 
-def feed_forward_half(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """``hidden`` [..., width] plus the feed-forward part of each token alone."""
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+def feed_forward_half(layer: nn.Module, hidden: Tensor, upstream: Tensor) -> Tensor:
+    """0, whose gradients are those of ``hidden`` plus the feed-forward part under ``upstream``; both [tokens, width].
+
+    The value itself is nobody's: compiled, the last product of the feed-forward part is left out.
+    """
+    return _Directed.apply(hidden + layer.mlp(layer.post_attention_layernorm(hidden)), upstream)
+
+
+class _Directed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, upstream: Tensor) -> Tensor:
+        ctx.save_for_backward(upstream)
+        return value.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, one: Tensor):
+        return ctx.saved_tensors[0], None
 
 
 def can_be_halved(layer: nn.Module) -> bool:
@@ -52,7 +66,7 @@ def checkpointed(
 
     Args:
         hidden: [batch, length, width]. kwargs: of the layer; nothing in them is trained.
-        whole: the layer. first, second: `attention_half` and `feed_forward_half`, or compiled, which make it up.
+        whole: the layer. first, second: `attention_half` and `feed_forward_half`, which make it up; or compiled.
     """
     return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second)
 
@@ -77,8 +91,8 @@ class _Checkpointed(torch.autograd.Function):
             flat, upstream = middle.detach().view(-1, width), grad.reshape(-1, width)
             found, sizes = torch.empty_like(flat), parts(len(flat))
             for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
-                rows = rows.clone().requires_grad_()  # not a view: torch.compile would guard what it is a view of
-                torch.autograd.backward(second(layer, rows), given)
+                rows = rows.clone().requires_grad_()  # no views: torch.compile would guard what they are views of
+                second(layer, rows, given.clone()).backward()
                 into.copy_(rows.grad)
             torch.autograd.backward(middle, found.view_as(middle))
         return hidden.grad, None, None, None, None, None
