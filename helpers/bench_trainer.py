@@ -51,6 +51,7 @@ class Case:
     steps: int = 12
     optimizer: str = "adamw_torch_fused"
     dtype: str = "auto"  # of the compute
+    offload: bool = False  # layers' inputs to host memory, in ours as in Unsloth's checkpointing
 
 
 CASES = (
@@ -58,7 +59,7 @@ CASES = (
     Case("1B padded, checkpointing", "llama-3.2-1b", "200-1024x600", 1024, True),
     Case("1B packed", "llama-3.2-1b", "200-1024x600", 2048, False, packing=True),
     Case("1B packed, checkpointing", "llama-3.2-1b", "200-1024x600", 2048, True, packing=True),
-    Case("8B, checkpointing", "llama-3.1-8b", "2048-2048x600", 2048, True, lora_rank=64, steps=9),
+    Case("8B, checkpointing", "llama-3.1-8b", "2048-2048x600", 2048, True, lora_rank=64, steps=9, offload=True),
 )
 
 
@@ -67,7 +68,9 @@ def ours(case: Case, contender: str, folder: str, callbacks: Sequence[Any] = ())
     from .train import TrainArguments, train
 
     stock = {"nf4": "bitsandbytes", "loss": "trl", "attention": "stock"}
-    parts = stock if contender == "stock" else {"compile": True, "cuda_graphs": contender == "graphs"}
+    graphs = contender == "graphs"
+    parts = {"compile": True, "cuda_graphs": graphs, "offload": case.offload and not graphs}
+    parts = stock if contender == "stock" else parts
     train(TrainArguments(
         model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps, optimizer=case.optimizer,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,

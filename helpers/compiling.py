@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import one_graph, without_cudnn
+from .host_store import HostStore
 from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half
 from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
@@ -59,6 +60,7 @@ def compile_model(
     save_less: bool = True,
     pad_to: int = PAD_TO,
     cuda_graphs: bool = False,
+    offload: bool = False,
     sharded: bool = False,
 ) -> Iterator[CompiledModel]:
     """Within the context the model's regions run compiled, in training and in evaluation with labels.
@@ -77,11 +79,12 @@ def compile_model(
         pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
             for each size it has not met; multiples recur.
         cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask.
+        offload: with checkpointing, what a layer got waits in host memory until its backward pass.
         sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py, since FSDP2's hooks must run
             around them.
 
     Raises:
-        ValueError: the model has no decoder layers that this could compile.
+        ValueError: the model has no decoder layers that this could compile, or none whose inputs it could offload.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
@@ -91,6 +94,10 @@ def compile_model(
             f"{type(base).__name__} has no list of decoder layers that torch.compile could take one by one: "
             "train it without compile"
         )
+    halved = can_be_halved(layers[0])
+    if offload and (sharded or cuda_graphs or not halved):
+        why = "layers that FSDP2 shards" if sharded else "CUDA graphs" if cuda_graphs else type(layers[0]).__name__
+        raise ValueError(f"offload is not there for {why}: leave it out")
     options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"} if max_autotune else None
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options)
     compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs and not sharded)
@@ -107,7 +114,8 @@ def compile_model(
         compiled.parts["layers"] = "compiled"
         if not sharded:
             regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
-            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, can_be_halved(layers[0]))))
+            store = HostStore() if offload else None
+            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, halved, store)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
         if compiled.cuda_graphs:
@@ -185,7 +193,9 @@ def _layer(layer: nn.Module, marked: bool, args: tuple, kwargs: dict[str, Any]) 
     return nn.Module.__call__(layer, *args, **kwargs)
 
 
-def _call_layer(regions: tuple[Callable, ...], halved: bool, cls: type, layer: nn.Module, *args, **kwargs) -> Tensor:
+def _call_layer(
+    regions: tuple[Callable, ...], halved: bool, store: HostStore | None, cls: type, layer: nn.Module, *args, **kwargs
+) -> Tensor:
     if kwargs.get("past_key_values") is not None:
         return cls.__call__(layer, *args, **kwargs)
     region, first, second = regions
@@ -196,7 +206,7 @@ def _call_layer(regions: tuple[Callable, ...], halved: bool, cls: type, layer: n
     marked = CHECKPOINTS_IN_CALL and layer.gradient_checkpointing and learning
     if marked and halved and not more:
         return checkpointed(
-            layer, hidden, kwargs, first=first, second=second,
+            layer, hidden, kwargs, first=first, second=second, store=store,
             whole=lambda layer, hidden, kwargs: region(layer, False, (hidden,), kwargs),
         )  # fmt: skip
     return region(layer, marked, (hidden, *more), kwargs)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .host_store import HostStore
+
 # Families whose layer is hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)).
 KNOWN = {
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
@@ -60,21 +62,24 @@ def parts(tokens: int) -> list[int]:
 
 
 def checkpointed(
-    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], *, whole: Callable, first: Callable, second: Callable
-) -> Tensor:
+    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], *, whole: Callable, first: Callable, second: Callable,
+    store: HostStore | None = None,
+) -> Tensor:  # fmt: skip
     """``whole(layer, hidden, kwargs)``, keeping ``hidden`` alone for the backward pass.
 
     Args:
         hidden: [batch, length, width]. kwargs: of the layer; nothing in them is trained.
         whole: the layer. first, second: `attention_half` and `feed_forward_half`, which make it up; or compiled.
+        store: where ``hidden`` waits for the backward pass; None: where it is.
     """
-    return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second)
+    return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second, store)
 
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, layer: nn.Module, kwargs: dict, whole, first, second) -> Tensor:
-        ctx.save_for_backward(hidden)
+    def forward(ctx, hidden: Tensor, layer: nn.Module, kwargs: dict, whole, first, second, store) -> Tensor:
+        ctx.save_for_backward(*([hidden] if store is None else []))
+        ctx.store, ctx.kept = store, store and store.put(hidden)
         ctx.again = layer, kwargs, first, second
         kind = hidden.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
@@ -84,7 +89,8 @@ class _Checkpointed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         layer, kwargs, first, second = ctx.again
-        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        hidden = ctx.saved_tensors[0] if ctx.store is None else ctx.store.get(ctx.kept)
+        hidden, ctx.kept = hidden.detach().requires_grad_(), None
         width = hidden.shape[-1]
         with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):
             middle = first(layer, hidden, kwargs)
@@ -95,4 +101,4 @@ class _Checkpointed(torch.autograd.Function):
                 second(layer, rows, given.clone()).backward()
                 into.copy_(rows.grad)
             torch.autograd.backward(middle, found.view_as(middle))
-        return hidden.grad, None, None, None, None, None
+        return hidden.grad, None, None, None, None, None, None

@@ -74,6 +74,7 @@ def parts(asked: TrainArguments, args: TrainArguments, config: Any) -> list[tupl
         ("compile", *switched("compile", "layers, norm and loss are a graph each")),
         ("CUDA graphs", *switched("cuda_graphs", "a step of each length is recorded once")),
         ("checkpointing", *switched("checkpointing", "activations are made again, layer by layer")),
+        ("offload", *switched("offload", "layers' inputs wait in host memory")),
         ("optimizer", args.optimizer, why("optimizer", "one launch" if "fused" in args.optimizer else "PyTorch's own")),
         ("FSDP2", *switched("fsdp2", f"sharded over {os.environ.get('WORLD_SIZE', '1')} processes")),
     ]  # fmt: skip

@@ -237,7 +237,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         attention.without_cudnn() if args.attention != "stock" else contextlib.nullcontext(),
         nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
         chunked_loss(model) if args.loss == "chunked" else contextlib.nullcontext(),
-        compiled_regions(model, args.compile, args.cuda_graphs, sharded=args.fsdp2) as regions,
+        compiled_regions(model, args) as regions,
     ):
         trainer = QLoRATrainer(
             model,
@@ -301,20 +301,19 @@ def nf4_decoder(model: torch.nn.Module, choice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled_regions(
-    model: torch.nn.Module, wanted: bool, cuda_graphs: bool = False, sharded: bool = False
-) -> Iterator[dict[str, str]]:
+def compiled_regions(model: torch.nn.Module, args: TrainArguments) -> Iterator[dict[str, str]]:
     """``torch.compile`` the regions of ``model`` (helpers/compiling.py) where that is asked for; yields what became
-    of each region. A ``sharded`` model's layers are compiled by helpers/fsdp2.py, under the same settings."""
-    if not wanted:
+    of each region. A sharded model's layers are compiled by helpers/fsdp2.py, under the same settings."""
+    if not args.compile:
         yield {}
         return
     from .compiling import compile_model
 
-    backend = "eager" if sharded and not torch.cuda.is_available() else "inductor"  # as FSDP2's blocks
-
-    with compile_model(model, sharded=sharded, backend=backend, cuda_graphs=cuda_graphs) as compiled:
-        yield compiled.parts
+    backend = "eager" if args.fsdp2 and not torch.cuda.is_available() else "inductor"  # as FSDP2's blocks
+    with compile_model(
+        model, sharded=args.fsdp2, backend=backend, cuda_graphs=args.cuda_graphs, offload=args.offload
+    ) as compiled:
+        yield compiled.parts | ({"layer inputs": "in host memory"} if args.offload else {})
 
 
 def active_parts(trainer: QLoRATrainer, args: TrainArguments, regions: dict[str, str]) -> list[str]:

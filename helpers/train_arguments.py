@@ -38,9 +38,10 @@ class TrainArguments:
     loss: str = _flag("auto", "chunked (helpers/linear_loss.py), trl (its fused head, GPU only), full (all logits)")
     attention: str = _flag("auto", "auto, sdpa, flex, varlen, xformers, eager (helpers/attention.py), or stock")
     packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
-    compile: bool = _flag(False, "torch.compile the embedding, decoder layers, norm and loss (helpers/compiling.py)")
+    compile: bool = _flag(False, "torch.compile the decoder layers, norm and loss (helpers/compiling.py)")
     cuda_graphs: bool = _flag(False, "with --compile: record a step of each length, then replay it in two launches")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
+    offload: bool = _flag(False, "with --compile and --checkpointing: layers' inputs wait in host memory")
     optimizer: str = _flag("auto", "a name of TrainingArguments.optim, as adamw_8bit; auto: AdamW, fused on a GPU")
     save_steps: int = _flag(0, "write a checkpoint every so many steps; 0: only the adapter, at the end")
     resume: bool = _flag(False, "go on from the last whole checkpoint in output_dir")
@@ -89,6 +90,10 @@ def decided(args: TrainArguments) -> TrainArguments:
     against = {"a GPU": gpu, "--compile": args.compile, "no --packing": not args.packing, "no --fsdp2": not args.fsdp2}
     if args.cuda_graphs and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
+    against = {"--compile": args.compile, "--checkpointing": args.checkpointing, "no --fsdp2": not args.fsdp2}
+    against["no --cuda_graphs"] = not args.cuda_graphs
+    if args.offload and (missing := [need for need, there in against.items() if not there]):
+        raise ValueError(f"--offload needs {', '.join(missing)}" + " (there --fsdp2_options offload)" * args.fsdp2)
     if values["compile"] and values["loss"] == "full":
         raise ValueError("--compile never makes all logits, as --loss full asks: give --loss chunked, or leave one out")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -151,6 +156,7 @@ def advice(args: TrainArguments) -> str:
         "--checkpointing True": not args.checkpointing,
         "--loss chunked": args.loss == "full",
         f"--batch_size 1 --accumulation {args.accumulation * args.batch_size}": args.batch_size > 1,
+        "--offload True": args.compile and args.checkpointing and not (args.offload or args.fsdp2 or args.cuda_graphs),
         f"--max_length {args.max_length // 2}": True,
         "--compile": not args.compile and args.loss != "full",
         "--optimizer adamw_8bit": "8bit" not in args.optimizer,

@@ -58,13 +58,18 @@ def test_a_probe_trains_two_steps_of_that_length(tmp_path, monkeypatch):
 
     def trained(arguments: TrainArguments, callbacks):
         seen.append(arguments)
-        return train(dataclasses.replace(arguments, compile=False, optimizer="auto"), callbacks)
+        return train(dataclasses.replace(arguments, compile=False, offload=False, optimizer="auto"), callbacks)
 
     monkeypatch.setattr("helpers.train.train", trained)
     bench_trainer.save_shape("tiny", tmp_path / "weights")
     found = bench_context.run_probe(Probe("tiny", "ours", 14.7, "float32", 48), str(tmp_path / "weights"))
     assert found["fits"] and len(found["losses"]) == 2 and found["step_s"] > 0
-    assert seen[0].compile and seen[0].checkpointing and (seen[0].batch_size, seen[0].max_length) == (1, 48)
+    assert (
+        seen[0].compile
+        and seen[0].checkpointing
+        and seen[0].offload
+        and (seen[0].batch_size, seen[0].max_length) == (1, 48)
+    )
 
 
 def test_bench_writes_its_tables_and_figure(tmp_path, monkeypatch):

@@ -39,12 +39,12 @@ RUNS = (
 
 
 @functools.cache
-def losses(run: tuple) -> tuple[tuple[float, ...], str]:
+def losses(run: tuple, offload: bool = False) -> tuple[tuple[float, ...], str]:
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
         result = train(TrainArguments(
             model="shape:tiny", dataset="random:5-30x24", steps=2, batch_size=2, accumulation=2, max_length=32,
-            output_dir=folder, prompt="", **dict(zip(SWITCHES, run, strict=True)),
+            output_dir=folder, prompt="", offload=offload, **dict(zip(SWITCHES, run, strict=True)),
         ))  # fmt: skip
     return tuple(result.losses), said.getvalue().splitlines()[0]
 
@@ -85,3 +85,9 @@ def test_a_flag_that_cannot_be_honoured_is_refused(tmp_path):
         train(TrainArguments(compile=True, loss="full", output_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="--attention 'fast' is not one of"):
         train(TrainArguments(attention="fast", output_dir=str(tmp_path)))
+
+
+def test_inputs_in_host_memory_change_no_loss():
+    run = ("bitsandbytes", "chunked", "sdpa", True, True, False)
+    found, first_line = losses(run, offload=True)
+    assert found == losses(run)[0] and "layer inputs (in host memory)" in first_line

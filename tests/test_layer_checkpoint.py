@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from helpers import layer_checkpoint
+from helpers.host_store import HostStore
 from helpers.layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, parts
 
 SIZES = {
@@ -50,20 +53,21 @@ def step(layer: nn.Module, hidden: torch.Tensor, run, dtype: torch.dtype | None 
     return [out.detach(), hidden.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
-def by_halves(layer: nn.Module, kwargs: dict):
+def by_halves(layer: nn.Module, kwargs: dict, store: HostStore | None = None):
     return lambda hidden: checkpointed(
         layer, hidden, kwargs, whole=lambda layer, hidden, kwargs: layer(hidden, **kwargs), first=attention_half,
-        second=feed_forward_half,
+        second=feed_forward_half, store=store,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("store", [None, HostStore()], ids=["kept", "in host memory"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_layer_by_halves_is_the_layer(family, monkeypatch):
+def test_a_layer_by_halves_is_the_layer(family, store, monkeypatch):
     monkeypatch.setattr(layer_checkpoint, "LEAST_TOKENS", 4)
     layer, hidden, kwargs = layer_and_inputs(CONFIGS[family])
     assert can_be_halved(layer)
     expected = step(layer, hidden, lambda hidden: layer(hidden, **kwargs))
-    for got, wanted in zip(step(layer, hidden, by_halves(layer, kwargs)), expected, strict=True):
+    for got, wanted in zip(step(layer, hidden, by_halves(layer, kwargs, store)), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -118,3 +122,49 @@ def test_layers_that_are_not_known_or_draw_random_numbers_stay_whole():
     layer, _, _ = layer_and_inputs(CONFIGS["llama"])
     layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(0.1))
     assert not can_be_halved(layer)
+
+
+def test_what_was_put_before_is_fetched_ahead_and_what_nobody_holds_is_forgotten():
+    store = HostStore()
+    first, second, third, fourth = (store.put(torch.full((2,), float(i), requires_grad=True)) for i in range(4))
+    del fourth  # a loss without a backward pass
+    assert torch.equal(store.get(third), torch.full((2,), 2.0)) and second.fetched is not None and first.fetched is None
+    assert torch.equal(store.get(first), torch.zeros(2))  # out of turn
+    assert torch.equal(store.get(second), torch.ones(2)) and not store.get(second).requires_grad
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_free_while_a_tensor_waits():
+    store, size = HostStore(), 64 * 2**20
+    before = torch.cuda.memory_allocated()
+    tensors = [torch.randn(size // 4, device="cuda") for _ in range(3)]
+    sums = [t.sum() for t in tensors]
+    kept = [store.put(t) for t in tensors]
+    del tensors
+    store.stream.synchronize()
+    torch.cuda.synchronize()
+    torch.empty(1, device="cuda")  # lets the allocator look at its events
+    assert torch.cuda.memory_allocated() - before < size
+    for k, total in reversed(list(zip(kept, sums, strict=True))):
+        assert torch.equal(store.get(k).sum(), total)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+def test_gpu_training_by_halves_is_training(offload):
+    from helpers import checkpoints
+    from helpers.compiling import compile_model
+
+    found = {}
+    for halves in (False, True):
+        torch.manual_seed(0)
+        model = checkpoints.attach_lora(checkpoints.load_base("shape:tiny", torch.bfloat16).model, 8).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        ids = torch.arange(3, 603, device="cuda").remainder(500).view(2, 300)
+        with compile_model(model, offload=offload) if halves else contextlib.nullcontext():
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        found[halves] = torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters() if p.requires_grad)])
+    assert (found[True] - found[False]).norm() <= 2e-2 * found[False].norm()

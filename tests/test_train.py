@@ -157,6 +157,7 @@ def test_log_line_and_csv(tmp_path, capsys):
         ({"loss": "magic"}, "--loss 'magic' is not one of"),
         ({"resume": True}, "there is no checkpoint in"),
         ({"model": "shape:none"}, "unknown shape"),
+        ({"offload": True, "checkpointing": False}, "--offload needs --compile, --checkpointing"),
         ({"cuda_graphs": True, "packing": True}, "--cuda_graphs needs .*--compile, no --packing"),
     ],
 )
