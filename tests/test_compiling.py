@@ -472,9 +472,11 @@ def test_gpu_max_autotune_recompiles_no_more():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype):
+def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, checkpointed):
     model = qlora_model("cuda", dtype)
+    checkpointing(model, checkpointed)
     weights = trainable(model)
     found, peaks = [], []
     for cuda_graphs in (False, True):
