@@ -203,13 +203,13 @@ def _call_layer(
     learning = layer.training and torch.is_grad_enabled()
     if hidden.requires_grad is not torch.is_grad_enabled():  # the first layer's, which would be a graph of its own
         hidden = hidden.detach().requires_grad_(learning)
-    marked = CHECKPOINTS_IN_CALL and layer.gradient_checkpointing and learning
-    if marked and halved and not more:
+    checkpointing = layer.gradient_checkpointing and learning
+    if checkpointing and halved and not more:
         return checkpointed(
             layer, hidden, kwargs, first=first, second=second, store=store,
             whole=lambda layer, hidden, kwargs: region(layer, False, (hidden,), kwargs),
         )  # fmt: skip
-    return region(layer, marked, (hidden, *more), kwargs)
+    return region(layer, checkpointing and CHECKPOINTS_IN_CALL, (hidden, *more), kwargs)
 
 
 def _compile_rotary(stack: contextlib.ExitStack, decoder: nn.Module, compile: Callable) -> str:

@@ -153,7 +153,7 @@ def test_a_qlora_run_compiles_six_graphs_breaks_none_and_keeps_its_losses(decode
         found = train(model, batches(steps, 90), evaluate)
     assert set(compiled.parts.values()) == {"compiled"}
     assert counter.graph_breaks == 0, str(counter)
-    assert 4 <= counter.compiles <= 6, str(counter)
+    assert 3 <= counter.compiles <= 6, str(counter)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(trainable(model), reached, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
