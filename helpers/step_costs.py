@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="shape:llama-3.2-1b")
     parser.add_argument("--dataset", default="random:200-1024x160")
     parser.add_argument("--steps", type=int, default=14, help="the last one is profiled")
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--lora_rank", type=int, default=32)
     parser.add_argument("--cuda_graphs", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/costs"), help="folder of the table")
@@ -111,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 
     prepare()
     rows = profiled(TrainArguments(
-        model=args.model, dataset=args.dataset, steps=args.steps, batch_size=2, accumulation=4, max_length=1024,
-        lora_rank=32, compile=True, cuda_graphs=args.cuda_graphs, checkpointing=args.checkpointing,
+        model=args.model, dataset=args.dataset, steps=args.steps, batch_size=2, accumulation=4,
+        max_length=args.max_length, lora_rank=args.lora_rank, compile=True, cuda_graphs=args.cuda_graphs, checkpointing=args.checkpointing,
         deterministic=False, prompt="", output_dir=tempfile.mkdtemp(),
     ), args.steps)  # fmt: skip
     what = {"model": args.model, "cuda_graphs": args.cuda_graphs, "checkpointing": args.checkpointing}
