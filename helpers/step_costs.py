@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     prepare()
     rows = profiled(TrainArguments(
         model=args.model, dataset=args.dataset, steps=args.steps, batch_size=2, accumulation=4,
-        max_length=args.max_length, lora_rank=args.lora_rank, compile=True, cuda_graphs=args.cuda_graphs, checkpointing=args.checkpointing,
-        deterministic=False, prompt="", output_dir=tempfile.mkdtemp(),
+        max_length=args.max_length, lora_rank=args.lora_rank, compile=True, cuda_graphs=args.cuda_graphs,
+        checkpointing=args.checkpointing, deterministic=False, prompt="", output_dir=tempfile.mkdtemp(),
     ), args.steps)  # fmt: skip
     what = {"model": args.model, "cuda_graphs": args.cuda_graphs, "checkpointing": args.checkpointing}
     args.out.mkdir(parents=True, exist_ok=True)
