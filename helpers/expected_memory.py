@@ -183,6 +183,7 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
         saved = (2 if args.offload else s.layers) * width * s.hidden * tokens  # two are on their way
         work += tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # of attention, and what joins the halves
         feed_forward = 11 * width * s.feed_forward * max(parts(tokens))
+        feed_forward += 2 * width * s.largest * (args.nf4 != "bitsandbytes")  # its three weights are decoded once
     elif args.checkpointing:
         saved, work = s.layers * width * s.hidden * tokens, work + layer + casts // s.layers
     else:

@@ -3,12 +3,14 @@
 `torch.utils.checkpoint` keeps a layer's input and does the layer again in the backward pass, where all of one layer's
 activations then live at once. Nearly all of them are the feed-forward part's: a dozen tensors, four times as wide as
 the hidden state. But after attention nothing mixes tokens. So here backward does the attention half again, whole, and
-then the feed-forward half for some tokens at a time, each with its backward pass before the next. The work is equal.
+then the feed-forward half for some tokens at a time, each with its backward pass before the next. The work is equal,
+but that its three 4-bit weights are decoded once for all parts instead of twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from .host_store import HostStore
 KNOWN = {
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
 }  # fmt: skip
-LEAST_TOKENS, MOST_TOKENS = 512, 2048  # of a part: fewer keep a GPU less busy, more are more memory
+LEAST_TOKENS, MOST_TOKENS = 256, 1024  # of a part: fewer keep a GPU less busy, more are more memory
 
 
 def attention_half(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -55,8 +57,8 @@ def can_be_halved(layer: nn.Module) -> bool:
 
 
 def parts(tokens: int) -> list[int]:
-    """Tokens of each part: nearly equal, a quarter of them all within `LEAST_TOKENS` and `MOST_TOKENS`."""
-    wanted = min(max(-(-tokens // 4), LEAST_TOKENS), MOST_TOKENS)
+    """Tokens of each part: nearly equal, an eighth of them all within `LEAST_TOKENS` and `MOST_TOKENS`."""
+    wanted = min(max(-(-tokens // 8), LEAST_TOKENS), MOST_TOKENS)
     count = max(1, -(-tokens // wanted))
     return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
 
@@ -73,6 +75,23 @@ def checkpointed(
         store: where ``hidden`` waits for the backward pass; None: where it is.
     """
     return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second, store)
+
+
+@contextlib.contextmanager
+def decoded_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the 4-bit layers of ``module`` that part A's kernel decodes (helpers/nf4_linear.py) stay decoded.
+
+    Args:
+        dtype: of what they are called with, where neither autocast nor the layer says what to compute in.
+    """
+    layers = [layer for layer in module.modules() if "decoded" in vars(layer)]
+    try:
+        for layer in layers:
+            layer.decoded = layer.decode(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.decoded = None
 
 
 class _Checkpointed(torch.autograd.Function):
@@ -96,9 +115,10 @@ class _Checkpointed(torch.autograd.Function):
             middle = first(layer, hidden, kwargs)
             flat, upstream = middle.detach().view(-1, width), grad.reshape(-1, width)
             found, sizes = torch.empty_like(flat), parts(len(flat))
-            for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
-                rows = rows.clone().requires_grad_()  # no views: torch.compile would guard what they are views of
-                second(layer, rows, given.clone()).backward()
-                into.copy_(rows.grad)
+            with decoded_once(layer.mlp, hidden.dtype):
+                for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
+                    rows = rows.clone().requires_grad_()  # no views: torch.compile would guard what they are views of
+                    second(layer, rows, given.clone()).backward()
+                    into.copy_(rows.grad)
             torch.autograd.backward(middle, found.view_as(middle))
         return hidden.grad, None, None, None, None, None, None

@@ -41,7 +41,10 @@ class _NF4Linear(torch.autograd.Function):
         return grad_x, None, grad_bias, None
 
 
-def nf4_linear(x: torch.Tensor, weight: torch.Tensor, quant_state, bias: torch.Tensor | None = None) -> torch.Tensor:
+def nf4_linear(
+    x: torch.Tensor, weight: torch.Tensor, quant_state, bias: torch.Tensor | None = None,
+    decoded: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`F.linear(x, dequantize_nf4(weight, quant_state, dtype=x.dtype), bias)`, keeping only the packed weight.
 
     Args:
@@ -49,6 +52,7 @@ def nf4_linear(x: torch.Tensor, weight: torch.Tensor, quant_state, bias: torch.T
         weight: packed codes, [bytes, 1], any storage dtype; gets no gradient.
         quant_state: bitsandbytes QuantState of shape [out_features, in_features].
         bias: [out_features] or None; gets a gradient.
+        decoded: the weight as `decoded_weight` gives it, where that was done before.
 
     Returns: [..., out_features] of x's (or autocast's) dtype.
 
@@ -62,9 +66,25 @@ def nf4_linear(x: torch.Tensor, weight: torch.Tensor, quant_state, bias: torch.T
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
-    if weight.shape[0] == 1:  # bitsandbytes' sign for a transposed weight; nf4_linear always multiplies by [in, out]
-        weight = weight.t()
-    return _NF4Linear.apply(x, weight, bias, quant_state)
+    if decoded is not None:
+        return F.linear(x, decoded, bias)
+    return _NF4Linear.apply(x, _packed(weight), bias, quant_state)
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """[bytes, 1]; [1, bytes] is bitsandbytes' sign for a transposed weight, and `nf4_linear` multiplies by [in, out]."""
+    return weight.t() if weight.shape[0] == 1 else weight
+
+
+def decoded_weight(weight: torch.Tensor, quant_state, compute_dtype: torch.dtype) -> torch.Tensor:
+    """[out_features, in_features] in autocast's dtype, or else in ``compute_dtype``: for `nf4_linear`'s ``decoded``."""
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else compute_dtype
+    return dequantize_nf4(_packed(weight), quant_state, dtype=dtype)
+
+
+def _decode(module: Linear4bit, dtype: torch.dtype) -> torch.Tensor:
+    return decoded_weight(module.weight, module.weight.quant_state, module.compute_dtype or dtype)
 
 
 def _forward(module: Linear4bit, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +96,7 @@ def _forward(module: Linear4bit, x: torch.Tensor) -> torch.Tensor:
         module.set_compute_type(x)
         module.compute_type_is_set = True
     compute_dtype = x.dtype if module.compute_dtype is None else module.compute_dtype
-    y = nf4_linear(x.to(compute_dtype), module.weight, module.weight.quant_state, module.bias)
+    y = nf4_linear(x.to(compute_dtype), module.weight, module.weight.quant_state, module.bias, module.decoded)
     return y.to(x.dtype)
 
 
@@ -102,10 +122,12 @@ def triton_nf4(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         for layer in layers:
             name = "_old_forward" if "_old_forward" in vars(layer) else "forward"
             replaced.append((layer, name, vars(layer).get(name)))
+            layer.decoded, layer.decode = None, MethodType(_decode, layer)
             setattr(layer, name, MethodType(_forward, layer))
         yield model
     finally:
         for layer, name, previous in replaced:
+            del layer.decoded, layer.decode
             if previous is None:
                 delattr(layer, name)
             else:

@@ -261,6 +261,8 @@ class NF4Linear(nn.Module):
         self.bias = linear.bias
         self.compute_dtype = linear.compute_dtype or self.weight.dtype
         self.decoder = decoder
+        if decoder == "triton":
+            self.decoded: torch.Tensor | None = None  # by `decode`, where a caller uses it over and over
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed, state = unpack(self.weight)
@@ -268,10 +270,16 @@ class NF4Linear(nn.Module):
         if self.decoder == "triton":
             from .nf4_linear import nf4_linear
 
-            return nf4_linear(x.to(self.compute_dtype), packed, state, bias).to(x.dtype)
+            return nf4_linear(x.to(self.compute_dtype), packed, state, bias, self.decoded).to(x.dtype)
         from bitsandbytes import matmul_4bit
 
         return matmul_4bit(x.to(self.compute_dtype), packed, state, bias=bias).to(x.dtype)
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as ``forward`` decodes it; ``dtype`` is not asked for, the layer has its own."""
+        from .nf4_linear import decoded_weight
+
+        return decoded_weight(*unpack(self.weight), self.compute_dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, decoder={self.decoder}"

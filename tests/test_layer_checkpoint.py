@@ -106,14 +106,39 @@ def test_the_feed_forward_half_sees_a_part_of_the_tokens_at_a_time(monkeypatch):
 
     layer.mlp.forward = watched
     step(layer, hidden, by_halves(layer, kwargs))
-    assert sum(seen) == 22 and len(seen) == 4 and most == max(seen)
+    assert sum(seen) == 22 and len(seen) == 6 and most == max(seen)
+
+
+def test_four_bit_weights_of_the_feed_forward_half_are_decoded_once(monkeypatch):
+    from helpers import checkpoints, nf4_linear
+
+    monkeypatch.setattr(layer_checkpoint, "LEAST_TOKENS", 4)
+    model = checkpoints.attach_lora(checkpoints.load_base("shape:tiny", torch.float32).model, 4).train()
+    base = model.get_base_model().model
+    layer, hidden = base.layers[0], torch.randn(2, 11, base.config.hidden_size, device=model.device)
+    positions = torch.arange(11, device=model.device)[None]
+    kwargs = {"attention_mask": None, "position_embeddings": base.rotary_emb(hidden, positions)}
+    decodes, real = [], nf4_linear.dequantize_nf4
+    monkeypatch.setattr(nf4_linear, "dequantize_nf4", lambda *a, **k: decodes.append(1) or real(*a, **k))
+    found = []
+    with nf4_linear.triton_nf4(model):
+        for run in (lambda hidden: layer(hidden, **kwargs), by_halves(layer, kwargs)):
+            decodes.clear()
+            inputs = hidden.clone().requires_grad_()
+            layer.zero_grad()
+            run(inputs).square().sum().backward()
+            found.append([inputs.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert len(decodes) == 7 + 4 + 4 + 3, "forward, the attention half again and backward, and three weights once"
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not any("decoded" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("tokens", [1, 511, 512, 513, 2048, 4096, 8191, 100_000])
 def test_parts_are_nearly_equal_and_bounded(tokens):
     sizes = parts(tokens)
     assert sum(sizes) == tokens and max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= max(512, min(-(-tokens // 4), 2048)) and min(sizes) >= min(tokens, 256)
+    assert max(sizes) <= max(256, min(-(-tokens // 8), 1024)) and min(sizes) >= min(tokens, 128)
 
 
 def test_layers_that_are_not_known_or_draw_random_numbers_stay_whole():
