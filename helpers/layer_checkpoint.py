@@ -22,7 +22,7 @@ from .host_store import HostStore
 KNOWN = {
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
 }  # fmt: skip
-LEAST_TOKENS, MOST_TOKENS = 256, 1024  # of a part: fewer keep a GPU less busy, more are more memory
+LEAST_TOKENS, MOST_TOKENS = 512, 2048  # of a part: fewer keep a GPU less busy, more are more memory
 
 
 def attention_half(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -57,8 +57,8 @@ def can_be_halved(layer: nn.Module) -> bool:
 
 
 def parts(tokens: int) -> list[int]:
-    """Tokens of each part: nearly equal, an eighth of them all within `LEAST_TOKENS` and `MOST_TOKENS`."""
-    wanted = min(max(-(-tokens // 8), LEAST_TOKENS), MOST_TOKENS)
+    """Tokens of each part: nearly equal, a quarter of them all within `LEAST_TOKENS` and `MOST_TOKENS`."""
+    wanted = min(max(-(-tokens // 4), LEAST_TOKENS), MOST_TOKENS)
     count = max(1, -(-tokens // wanted))
     return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
 

@@ -72,7 +72,7 @@ def nf4_linear(
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    """[bytes, 1]; [1, bytes] is bitsandbytes' sign for a transposed weight, and `nf4_linear` multiplies by [in, out]."""
+    """[bytes, 1]: [1, bytes], bitsandbytes' sign for a transposed weight, is not for who multiplies by [in, out]."""
     return weight.t() if weight.shape[0] == 1 else weight
 
 

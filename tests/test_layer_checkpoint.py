@@ -106,7 +106,7 @@ def test_the_feed_forward_half_sees_a_part_of_the_tokens_at_a_time(monkeypatch):
 
     layer.mlp.forward = watched
     step(layer, hidden, by_halves(layer, kwargs))
-    assert sum(seen) == 22 and len(seen) == 6 and most == max(seen)
+    assert sum(seen) == 22 and len(seen) == 4 and most == max(seen)
 
 
 def test_four_bit_weights_of_the_feed_forward_half_are_decoded_once(monkeypatch):
@@ -138,7 +138,7 @@ def test_four_bit_weights_of_the_feed_forward_half_are_decoded_once(monkeypatch)
 def test_parts_are_nearly_equal_and_bounded(tokens):
     sizes = parts(tokens)
     assert sum(sizes) == tokens and max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= max(256, min(-(-tokens // 8), 1024)) and min(sizes) >= min(tokens, 128)
+    assert max(sizes) <= max(512, min(-(-tokens // 4), 2048)) and min(sizes) >= min(tokens, 256)
 
 
 def test_layers_that_are_not_known_or_draw_random_numbers_stay_whole():
