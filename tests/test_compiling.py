@@ -374,6 +374,32 @@ class OnTheCPU(StepGraphs):
         return step
 
 
+def test_recording_a_step_leaves_gradients_as_they_were(monkeypatch):
+    """With a GPU's streams and graphs played: what is called between them runs."""
+    nothing = lambda *args, **kwargs: contextlib.nullcontext()  # noqa: E731
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, played in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nothing, "graph": nothing,
+        "CUDAGraph": SimpleNamespace, "graph_pool_handle": lambda: (0, 0),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, played)
+    weight = nn.Parameter(torch.randn(5, 3))
+    weight.grad = before = torch.ones(5, 3)
+    warmed = []
+
+    @contextlib.contextmanager
+    def warm_up():
+        yield warmed.append(weight.grad)
+
+    graphs = StepGraphs(lambda ids, labels, items: (weight[ids].sum(-1) * labels).sum() / items, warm_up, [weight])
+    ids, labels = torch.tensor([[0, 1]]), torch.tensor([[2.0, 3.0]])
+    step = graphs._recorded(ids, labels)
+    assert warmed == [None] and weight.grad is before and torch.equal(before, torch.ones(5, 3))
+    # A real recording runs nothing; this one ran backward once, into the buffer.
+    torch.testing.assert_close(graphs.buffers[0][:2], torch.tensor([[2.0], [3.0]]).expand(2, 3))
+    assert torch.equal(step.ids, ids) and step.ids is not ids and not step.loss.requires_grad
+
+
 def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time():
     weight = nn.Parameter(torch.randn(5, 3))
 
