@@ -113,7 +113,7 @@ class _Checkpointed(torch.autograd.Function):
         width = hidden.shape[-1]
         with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):
             middle = first(layer, hidden, kwargs)
-            flat, upstream = middle.detach().view(-1, width), grad.reshape(-1, width)
+            flat, upstream = middle.detach().reshape(-1, width), grad.reshape(-1, width)
             found, sizes = torch.empty_like(flat), parts(len(flat))
             with decoded_once(layer.mlp, hidden.dtype):
                 for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
