@@ -131,9 +131,14 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+def gpu_events(clock: Clock) -> list[Any]:
+    """Kernels and copies of the profiled step, as torch.profiler has them."""
+    return [e for e in clock.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def gpu_busy(clock: Clock) -> tuple[float, int]:
     """Seconds that the GPU worked during the profiled step, and its kernels and copies."""
-    on_gpu = [e for e in clock.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = gpu_events(clock)
     return round(sum(e.time_range.elapsed_us() for e in on_gpu) / 1e6, 4), len(on_gpu)
 
 

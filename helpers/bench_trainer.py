@@ -67,10 +67,11 @@ def ours(case: Case, contender: str, folder: str, callbacks: Sequence[Any] = ())
     """Our trainer with everything on, with CUDA graphs too (``graphs``), or with every part of ours off (``stock``)."""
     from .train import TrainArguments, train
 
-    stock = {"nf4": "bitsandbytes", "loss": "trl", "attention": "stock"}
-    graphs = contender == "graphs"
-    parts = {"compile": True, "cuda_graphs": graphs, "offload": case.offload and not graphs}
-    parts = stock if contender == "stock" else parts
+    if contender == "stock":
+        parts = {"nf4": "bitsandbytes", "loss": "trl", "attention": "stock"}
+    else:
+        graphs = contender == "graphs"
+        parts = {"compile": True, "cuda_graphs": graphs, "offload": case.offload and not graphs}
     train(TrainArguments(
         model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps, optimizer=case.optimizer,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,

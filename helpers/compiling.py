@@ -115,6 +115,8 @@ def compile_model(
         if not sharded:
             regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
             store = HostStore() if offload else None
+            if offload:
+                compiled.parts["layer inputs"] = "in host memory"
             stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, halved, store)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
@@ -207,7 +209,7 @@ def _call_layer(
     if checkpointing and halved and not more:
         return checkpointed(
             layer, hidden, kwargs, first=first, second=second, store=store,
-            whole=lambda layer, hidden, kwargs: region(layer, False, (hidden,), kwargs),
+            whole=lambda hidden: region(layer, False, (hidden,), kwargs),
         )  # fmt: skip
     return region(layer, checkpointing and CHECKPOINTS_IN_CALL, (hidden, *more), kwargs)
 

@@ -34,10 +34,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import layer_checkpoint
 from .compiling import gather_head
 from .fsdp2_optimizer import step_on_shards
 from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half
+from .layer_checkpoint import checkpointed as by_halves
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
 
@@ -268,9 +268,9 @@ def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
         if kwargs.get("past_key_values") is not None:
             return block_forward(forward, block, args, kwargs)
         if checkpointed and halved and block.training and torch.is_grad_enabled():
-            return layer_checkpoint.checkpointed(
+            return by_halves(
                 block, *args, kwargs, first=first, second=second,
-                whole=lambda block, hidden, kwargs: region(forward, block, (hidden,), kwargs),
+                whole=lambda hidden: region(forward, block, (hidden,), kwargs),
             )  # fmt: skip
         return region(forward, block, args, kwargs)
 

@@ -1,8 +1,8 @@
 """``python3 -m helpers test --latest``: the fast tests with the newest transformers, TRL, PEFT and accelerate.
 
-``.venv-latest`` sees the pinned environment's packages behind its own and holds only what is newer, so torch and triton
-are the pinned ones and the pinned environment is not touched. It is made anew when the pins or the Python change, and
-upgraded when the package index has something newer. Standard library only.
+``runs/venv-latest`` sees the pinned environment's packages behind its own and holds only what is newer, so torch and
+triton are the pinned ones and the pinned environment is not touched. It is made anew when the pins or the Python change,
+and upgraded when the package index has something newer. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from .environment import ROOT, SetupError, is_network_error, venv_python
 
 NEWEST = ("transformers", "trl", "peft", "accelerate")
-FOLDER = ".venv-latest"
+FOLDER = "runs/venv-latest"
 FACTS = """
 import json, sys, sysconfig
 from importlib.metadata import distributions

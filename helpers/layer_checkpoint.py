@@ -67,7 +67,7 @@ def checkpointed(
     layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], *, whole: Callable, first: Callable, second: Callable,
     store: HostStore | None = None,
 ) -> Tensor:  # fmt: skip
-    """``whole(layer, hidden, kwargs)``, keeping ``hidden`` alone for the backward pass.
+    """``whole(hidden)``, keeping ``hidden`` alone for the backward pass.
 
     Args:
         hidden: [batch, length, width]. kwargs: of the layer; nothing in them is trained.
@@ -102,7 +102,7 @@ class _Checkpointed(torch.autograd.Function):
         ctx.again = layer, kwargs, first, second
         kind = hidden.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        return whole(layer, hidden, kwargs)
+        return whole(hidden)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

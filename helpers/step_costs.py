@@ -24,11 +24,10 @@ KINDS = (
     (r"flash|fmha|flex|attention", "attention"),
     (r"gemm|cutlass|nvjet|cublas|xmma|splitK|mm_", "matrix products"),
     (r"cross_entropy|log_softmax|_softmax|nll", "softmax and loss"),
-    (r"adam|FusedAdam|multi_tensor_apply.*Adam", "optimizer"),
-    (r"norm.*multi_tensor|lpnorm|LpNorm|foreach_norm", "gradient norm and clipping"),
+    (r"[aA]dam", "optimizer"),
+    (r"LpNorm|lpnorm|foreach_norm|multi_tensor_apply", "gradient norm and clipping"),
     (r"^Memcpy|^Memset", "copies and fills"),
     (r"^triton_", "fused elementwise kernels, norms"),
-    (r"multi_tensor_apply", "gradient norm and clipping"),
 )
 IDLE = "GPU idle: Python, launches, waiting"
 MOST = 10
@@ -72,15 +71,12 @@ def profiled(arguments: Any, step: int) -> list[dict[str, Any]]:
     """Train with ``arguments`` (`TrainArguments`) and profile ``step``; the wall time is the median of the others."""
     import statistics
 
-    import torch
-
-    from .bench_compile import WARM, Clock
+    from .bench_compile import WARM, Clock, gpu_events
     from .train import train
 
     clock = Clock(profile=step)
     train(arguments, [clock])
-    events = [e for e in clock.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    times = [(e.name, e.time_range.start / 1e3, e.time_range.end / 1e3) for e in events]
+    times = [(e.name, e.time_range.start / 1e3, e.time_range.end / 1e3) for e in gpu_events(clock)]
     wall = statistics.median(s for i, s in enumerate(clock.seconds, 1) if i > WARM and i != step)
     return costs(times, 1e3 * wall)
 

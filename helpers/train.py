@@ -313,7 +313,7 @@ def compiled_regions(model: torch.nn.Module, args: TrainArguments) -> Iterator[d
     with compile_model(
         model, sharded=args.fsdp2, backend=backend, cuda_graphs=args.cuda_graphs, offload=args.offload
     ) as compiled:
-        yield compiled.parts | ({"layer inputs": "in host memory"} if args.offload else {})
+        yield compiled.parts
 
 
 def active_parts(trainer: QLoRATrainer, args: TrainArguments, regions: dict[str, str]) -> list[str]:

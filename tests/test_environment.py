@@ -132,7 +132,7 @@ def test_the_newest_packages_lie_over_the_pinned_ones_and_leave_them_alone(monke
     monkeypatch.setattr(latest, "_upgrade", lambda python, torch: asked.append(torch))
     asked: list[str] = []
     python = latest.ready_python(sys.executable)
-    assert python.startswith(str(bare / ".venv-latest")) and "transformers 5.17.0" in capsys.readouterr().out
+    assert python.startswith(str(bare / "runs" / "venv-latest")) and "transformers 5.17.0" in capsys.readouterr().out
     own, pinned = (latest._facts(each) for each in (python, sys.executable))
     assert own["of_own"] == {} and own["all"] == pinned["all"] and own["own"] != pinned["own"]
     made = Path(own["own"]) / "made"

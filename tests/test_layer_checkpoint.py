@@ -55,7 +55,7 @@ def step(layer: nn.Module, hidden: torch.Tensor, run, dtype: torch.dtype | None 
 
 def by_halves(layer: nn.Module, kwargs: dict, store: HostStore | None = None):
     return lambda hidden: checkpointed(
-        layer, hidden, kwargs, whole=lambda layer, hidden, kwargs: layer(hidden, **kwargs), first=attention_half,
+        layer, hidden, kwargs, whole=lambda hidden: layer(hidden, **kwargs), first=attention_half,
         second=feed_forward_half, store=store,
     )  # fmt: skip
 
