@@ -1,8 +1,8 @@
 """``python3 -m helpers test --latest``: the fast tests with the newest transformers, TRL, PEFT and accelerate.
 
 ``runs/venv-latest`` sees the pinned environment's packages behind its own and holds only what is newer, so torch and
-triton are the pinned ones and the pinned environment is not touched. It is made anew when the pins or the Python change,
-and upgraded when the package index has something newer. Standard library only.
+triton are the pinned ones and the pinned environment is not touched. It is made anew when the pins or the Python
+change, and upgraded when the package index has something newer. Standard library only.
 """
 
 from __future__ import annotations
