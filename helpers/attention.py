@@ -343,6 +343,7 @@ def _is_ampere(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
+@functools.cache  # not of what calls it: Dynamo would look through the cache, and through what is constant to it
 def _module(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
@@ -351,24 +352,20 @@ def _module(name: str) -> ModuleType | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _flash() -> ModuleType | None:
     return _module("flash_attn")
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _varlen() -> ModuleType | None:
     return _module("torch.nn.attention.varlen")
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _xformers() -> ModuleType | None:
     return _module("xformers.ops")
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _varlen_has(parameter: str) -> bool:
     return _varlen() is not None and parameter in inspect.signature(_varlen().varlen_attn).parameters

@@ -152,7 +152,8 @@ def check(contenders: dict[str, Decoder]) -> None:
 
 def decode_grid(rows: Rows, rounds: int) -> None:
     """GPU time of one decode: the ceiling at its best tile, ours with inline PTX and without, everyone else."""
-    variants = {"ours, Triton only": ours(asm=False), "ours, no eviction hints": ours(hints=False), "plain": plain}
+    variants = {"ours, Triton only": ours(asm=False), "plain": plain}
+    variants |= {"ours, eviction hints": ours(hints=True), "ours, no eviction hints": ours(hints=False)}
     contenders = public_decoders() | variants
     check(contenders)
     tiles = {f"ceiling {s} x {n} x {w}": ceiling(s, n, w) for s, n, w in CEILING_CONFIGS}
@@ -307,18 +308,20 @@ def peak_memory(rows: Rows) -> None:
 def linear_layers(rows: Rows, rounds: int) -> None:
     """Forward and backward of a frozen 4-bit layer: decoded by us, bitsandbytes' own, and what the trainer takes."""
     inputs, outputs, dtype = 4096, 14336, training_dtype()
-    layer = MLP(inputs, outputs, dtype).up_proj
+    mlp = MLP(inputs, outputs, dtype)
+    layer = mlp.up_proj
     layers = {
         "ours": lambda x: nf4_linear.nf4_linear(x, layer.weight, layer.weight.quant_state),
-        "bitsandbytes": layer,
-        "default": functools.partial(nf4_linear._forward, layer),
+        "bitsandbytes": functools.partial(type(layer).forward, layer),
+        "default": layer,
     }
-    for tokens in TOKENS:
-        x = torch.randn(tokens, inputs, dtype=dtype, device="cuda", requires_grad=True)
-        grad = torch.randn(tokens, outputs, dtype=dtype, device="cuda")
-        contenders = {name: lambda f=f, x=x, g=grad: torch.autograd.grad(f(x), x, g) for name, f in layers.items()}
-        for name, value in wall_times(contenders, rounds, 5).items():
-            rows.add("linear, forward and backward", f"{tokens} tokens", dtype, name, value, "us")
+    with nf4_linear.triton_nf4(mlp):
+        for tokens in TOKENS:
+            x = torch.randn(tokens, inputs, dtype=dtype, device="cuda", requires_grad=True)
+            grad = torch.randn(tokens, outputs, dtype=dtype, device="cuda")
+            contenders = {name: lambda f=f, x=x, g=grad: torch.autograd.grad(f(x), x, g) for name, f in layers.items()}
+            for name, value in wall_times(contenders, rounds, 5).items():
+                rows.add("linear, forward and backward", f"{tokens} tokens", dtype, name, value, "us")
 
 
 def table(rows: list[dict]) -> str:

@@ -230,7 +230,7 @@ def launch_options(
     fp4: bool = False,
     words: bool = True,
     asm: bool = True,
-    hints: bool = True,
+    hints: bool | None = None,
 ) -> dict:
     """What `dequantize_kernel` takes after `n_elements`, in its order, and `num_warps`.
 
@@ -238,7 +238,8 @@ def launch_options(
         n: elements of the weight. dtype: of the output. capability: of the GPU.
         blocksize2: scales that share a second scale, or None without double quantization.
         words: the packed weight and the output are aligned to 4 bytes.
-        asm, hints: False leaves inline PTX, cache eviction hints out.
+        asm: False leaves inline PTX out.
+        hints: cache eviction hints; None: on GPUs before Hopper only. An H100 is 0.5 to 1.7% faster without them.
     """
     group = min(blocksize, 64)
     asm = asm and words and n % group == 0 and dtype != torch.float32 and not INTERPRETED
@@ -261,7 +262,7 @@ def launch_options(
         "EVEN": n % (groups * group) == 0,
         "ASM": asm,
         "ROUND_BF16": dtype == torch.bfloat16 and capability < (8, 0),
-        "HINTS": hints,
+        "HINTS": capability < (9, 0) if hints is None else hints,
         "num_warps": num_warps,
     }
 
