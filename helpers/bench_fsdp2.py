@@ -3,9 +3,10 @@
     python3 -m helpers.bench_fsdp2 --out runs/bench_fsdp2
 
 Published shapes with RANDOM weights and rows of random token ids: this measures speed and memory, not learning. Every
-contender trains the same rows in the same batches, in processes of its own, each GPU's memory capped. Where the GPUs
-hold several contenders they start, load and compile side by side; then each in turn takes its timed steps while the
-others wait and use neither GPU nor processor. Rows go to ``fsdp2_bench.csv`` as soon as they are measured.
+contender trains the same rows in the same batches, in processes of its own, each GPU's memory capped. They come in
+waves of as many as the free memory holds under that cap: a wave loads and compiles side by side, then each in turn
+takes its timed steps while the others wait and use neither GPU nor processor. Rows go to ``fsdp2_bench.csv`` as soon as
+they are measured.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -26,14 +28,14 @@ from typing import Any
 
 from . import bench_trainer
 from .memory import GIB
-from .ranks import Job, places
+from .ranks import Job, places, wait_for
 from .results import write_rows
-from .turns import take_turn, turn, wait_for_file, warm
+from .turns import take_turn, turn, warm
 
 WARMUP = 2  # steps that compile and fill the allocator
 CONTEXT_GIB = 1.0  # of a process beside what is capped: CUDA's context, NCCL's buffers
-DEFAULT_RUNS = ("2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "2:ours, bitsandbytes' linear",
-                "2:ours, float32 AdamW", "2:torch AO's NF4 in ours")  # fmt: skip
+RUNS = ("2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "2:ours, bitsandbytes' linear")
+FURTHER_RUNS = ("2:ours, float32 AdamW", "2:torch AO's NF4 in ours")
 # Flags of helpers.train that a contender has besides Case's.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, 8-bit Adam": {},
@@ -80,9 +82,8 @@ def ours(case: Case, name: str, ranks: int, output_dir: Path, callbacks: list) -
         ), callbacks)  # fmt: skip
 
 
-def unsloth(case: Case, folder: Path, limit_s: float, callbacks: list) -> None:
+def unsloth(case: Case, folder: Path, callbacks: list) -> None:
     """Unsloth's own loading, LoRA, checkpointing and, by UNSLOTH_FSDP2=1, sharding. AGPL: run, not copied."""
-    wait_for_file(folder, limit_s, "saved weights")
     bench_trainer.unsloth(bench_trainer.Case(
         "FSDP2", "", case.rows.removeprefix("random:"), case.max_length, True, batch_size=case.batch_size,
         accumulation=case.accumulation, lora_rank=case.lora_rank, steps=case.steps, optimizer="adamw_8bit",
@@ -97,11 +98,11 @@ def _in_rank(request: dict[str, Any]) -> None:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib * GIB / total))
-    if name == "unsloth":  # before everything that it patches, and while the weights are being saved
+    if name == "unsloth":  # before everything that it patches
         importlib.import_module("unsloth")
     times = [turn(folder, request["limit_s"], WARMUP)]
     if name == "unsloth":
-        unsloth(case, Path(request["saved"]), request["limit_s"], times)
+        unsloth(case, Path(request["saved"]), times)
     else:
         ours(case, name, request["ranks"], folder / "run", times)
 
@@ -110,13 +111,14 @@ def _in_rank(request: dict[str, Any]) -> None:
 
 
 class Bench:
-    """Contenders in processes of their own; :meth:`start` returns at once, :meth:`finish` when all have had their turn.
+    """Contenders in processes of their own, a wave of them at a time.
 
     Args:
         runs: ``GPUS:CONTENDER`` each; the order is that of their turns.
         out: folder of ``fsdp2_bench.csv``, of each contender's memory over time and of logs.
         limit_s: seconds from its start within which a contender must have warmed up; a third of it for its turn.
-        at_once: contenders side by side; 0: as many as the memory of a GPU holds under the case's cap.
+        further: runs after those, left out from ``until`` on, a ``time.monotonic()``.
+        at_once: contenders of a wave; 0: as many as the free memory of a GPU holds under the case's cap.
 
     Raises:
         ValueError: a run that is not of that form.
@@ -124,39 +126,42 @@ class Bench:
 
     entry = ["-m", "helpers.bench_fsdp2", "--in-rank"]
 
-    def __init__(self, case: Case, runs: Iterable[str], out: Path, limit_s: float = 180, at_once: int = 0):
-        self.case, self.waiting, self.out, self.limit_s = case, list(runs), out, limit_s
-        for run in self.waiting:
+    def __init__(
+        self, case: Case, runs: Iterable[str], out: Path, limit_s: float = 180, further: Iterable[str] = (),
+        until: float = math.inf, at_once: int = 0,
+    ):  # fmt: skip
+        self.case, self.out, self.limit_s, self.until, self.at_once = case, out, limit_s, until, at_once
+        self.waiting, self.further = list(runs), list(further)
+        everyone = self.waiting + self.further
+        for run in everyone:
             gpus, _, name = run.partition(":")
             if not gpus.isdigit() or name not in CONTENDERS:
                 raise ValueError(f"run {run!r} is not GPUS:CONTENDER, with a contender of {', '.join(CONTENDERS)}")
-        self.at_once = at_once or places(case.cap_gib + CONTEXT_GIB, cores=6)
-        self.all_s = limit_s * (1 + len(self.waiting))  # more than anything waits for
+        self.all_s = limit_s * (1 + len(everyone))  # more than anything waits for
+        self.last_gpu = max(int(run.split(":")[0]) for run in everyone) - 1
         self.running: dict[str, tuple[Job, Path, float]] = {}  # with the folder it writes to, and when it is late
         self.saving: Job | None = None
+        self.scratch: tempfile.TemporaryDirectory | None = None
         self.rows: list[dict[str, Any]] = []
 
     def start(self) -> Bench:
-        """Begin to save the weights for whoever loads a checkpoint, and start as many as there are places for."""
+        """Begin to save the weights for whoever loads a checkpoint, in one process; returns at once."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.scratch = tempfile.TemporaryDirectory(prefix="fsdp2-bench-", ignore_cleanup_errors=True)
         self.saved = Path(self.scratch.name, "model") if self.case.model.startswith("shape:") else Path(self.case.model)
-        if not self.saved.exists() and any(run.endswith(":unsloth") for run in self.waiting):
+        if not self.saved.exists() and any(run.endswith(":unsloth") for run in self.waiting + self.further):
             arguments = ["-c", bench_trainer.SAVE, self.case.model.removeprefix("shape:"), str(self.saved)]
-            last = max(int(run.split(":")[0]) for run in self.waiting) - 1  # the GPU that one-GPU contenders leave free
-            self.saving = self._job("model", arguments, 0, CUDA_VISIBLE_DEVICES=str(last))
-            self.saving.start()
-            while self.at_once == 1 and not self.saving.ended():  # its memory is the first contender's
-                time.sleep(0.1)
-        self._fill()
+            self.saving = self._job("model", arguments, 0, CUDA_VISIBLE_DEVICES=str(self.last_gpu)).start()
         return self
 
     def finish(self) -> list[dict[str, Any]]:
-        """Give every contender its turn; a row each, with ``error`` for those that failed."""
+        """Give every contender its turn, wave by wave; a row each, with ``error`` for those that failed."""
+        if not self.scratch:
+            self.start()
         try:
-            while self.running or self.waiting:
-                self._fill()
-                warm(self.running.values(), self.limit_s, self._given_up)
+            wait_for(self.saving)  # its memory is a contender's
+            while self._next_wave():
+                warm(self.running.values(), self.limit_s)
                 for run in list(self.running):
                     self._take_turn(run)
         finally:
@@ -165,32 +170,39 @@ class Bench:
             self.scratch.cleanup()
         return self.rows
 
+    def _next_wave(self) -> bool:
+        """Start as many as there are places for; whether there were any left to start."""
+        at_once = self.at_once or places(self.case.cap_gib + CONTEXT_GIB, cores=6)
+        wave, self.waiting = self.waiting[:at_once], self.waiting[at_once:]
+        if time.monotonic() < self.until:
+            spare = at_once - len(wave)
+            wave, self.further = wave + self.further[:spare], self.further[spare:]
+        for run in wave:
+            self._start(run)
+        if self.further and not wave:
+            print(f"left out, for want of time: {', '.join(self.further)}")
+        return bool(wave)
+
     def _job(self, name: str, arguments: list[str], ranks: int, **environment: str) -> Job:
         # Each process would start a compile worker a processor, of which few would ever have work.
-        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
-        if self.at_once > 1:
-            environment["OMP_NUM_THREADS"] = "2"
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"} | environment
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(ranks or 1)))} | environment
         return Job(name, arguments, self.out / "logs", ranks, self.all_s, environment)
 
-    def _fill(self) -> None:
-        while self.waiting and len(self.running) < self.at_once:
-            run = self.waiting.pop(0)
-            gpus, name = run.split(":", 1)
-            ranks = int(gpus) if int(gpus) > 1 else 0
-            folder = Path(self.scratch.name, run.replace(":", " "))
-            folder.mkdir()
-            request = {"case": asdict(self.case), "contender": name, "ranks": int(gpus), "folder": str(folder),
-                       "saved": str(self.saved), "limit_s": self.all_s}  # fmt: skip
-            environment = {}
-            if name == "unsloth":  # the padding is part of the case
-                environment = {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"} | ({"UNSLOTH_FSDP2": "1"} if ranks else {})
-            job = self._job(run.replace(":", " "), [*self.entry, json.dumps(request)], ranks, **environment).start()
-            self.running[run] = job, folder, time.monotonic() + self.limit_s
-
-    def _given_up(self, job: Job) -> str:
-        failed = self.saving and self.saving.ended() and self.saving.failure and "unsloth" in job.name
-        return f"its weights could not be saved: {self.saving.failure}" if failed else ""
+    def _start(self, run: str) -> None:
+        gpus, name = run.split(":", 1)
+        ranks = int(gpus) if int(gpus) > 1 else 0
+        folder = Path(self.scratch.name, run.replace(":", " "))
+        folder.mkdir()
+        request = {"case": asdict(self.case), "contender": name, "ranks": int(gpus), "folder": str(folder),
+                   "saved": str(self.saved), "limit_s": self.all_s}  # fmt: skip
+        environment = {}
+        if name == "unsloth":  # the padding is part of the case
+            environment = {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"} | ({"UNSLOTH_FSDP2": "1"} if ranks else {})
+        job = self._job(run.replace(":", " "), [*self.entry, json.dumps(request)], ranks, **environment).start()
+        if name == "unsloth" and self.saving and self.saving.failure:
+            job.stop(f"its weights could not be saved: {self.saving.failure}")
+        self.running[run] = job, folder, time.monotonic() + self.limit_s
 
     def _take_turn(self, run: str) -> None:
         job, folder, _ = self.running[run]
@@ -207,7 +219,7 @@ class Bench:
         print(_line(row), flush=True)
 
 
-def possible(runs: Iterable[str] = DEFAULT_RUNS) -> list[str]:
+def possible(runs: Iterable[str]) -> list[str]:
     """Those of ``runs`` whose packages are installed here."""
     needed = {run: PACKAGES.get(run.split(":", 1)[1]) for run in runs}
     return [run for run, package in needed.items() if package is None or importlib.util.find_spec(package)]
@@ -229,18 +241,18 @@ def _row(case: Case, gpus: int, found: list[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m helpers.bench_fsdp2", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_fsdp2"), help="folder of fsdp2_bench.csv")
-    parser.add_argument("--runs", nargs="*", default=possible(), help="GPUS:CONTENDER")
+    parser.add_argument("--runs", nargs="*", default=possible(RUNS + FURTHER_RUNS), help="GPUS:CONTENDER")
     parser.add_argument("--model", default=Case.model)
     parser.add_argument("--steps", type=int, default=Case.steps)
     parser.add_argument("--limit", type=int, default=180, help="seconds within which a contender must have warmed up")
-    parser.add_argument("--at-once", type=int, default=0, help="contenders side by side; 0: what the memory holds")
+    parser.add_argument("--at-once", type=int, default=0, help="contenders of a wave; 0: what the memory holds")
     parser.add_argument("--in-rank", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.in_rank:
         _in_rank(json.loads(args.in_rank))
         return 0
     case = replace(Case(), model=args.model, steps=args.steps)
-    rows = Bench(case, args.runs, args.out, args.limit, args.at_once).start().finish()
+    rows = Bench(case, args.runs, args.out, args.limit, at_once=args.at_once).finish()
     return 1 if any(row["error"] for row in rows) else 0
 
 

@@ -156,7 +156,8 @@ def bench(cases: Sequence[Case], contenders: Sequence[str], out: Path, limit_s: 
         running: dict[tuple[Case, str], tuple[Job, Path, float]] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < places(GIB_EACH, cores=2):
+                at_once = places(GIB_EACH, cores=2)
+                while waiting and len(running) < at_once:
                     case, name = waiting.pop(0)
                     folder = Path(scratch, f"{case.name}, {name}")
                     folder.mkdir()

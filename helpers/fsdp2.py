@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -221,9 +222,17 @@ def frozen_bytes(model: nn.Module) -> dict[str, int]:
     held = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            held[name] = local.frozen_bytes if isinstance(local, NF4Tensor) else local.nbytes
+            held[name] = _stored(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
     return held
+
+
+def _stored(tensor: torch.Tensor) -> int:
+    """Bytes of what a tensor consists of: a subclass may look like a wider dtype than the one it is stored in."""
+    if isinstance(tensor, NF4Tensor):
+        return tensor.frozen_bytes
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
 
 
 def active_parts(model: nn.Module) -> list[str]:
@@ -289,6 +298,11 @@ def _gather_ahead(head: nn.Module, block: nn.Module, args: tuple) -> None:
         gather_head(head, args[0].device)
 
 
+def _byte_sum(tensor: torch.Tensor) -> torch.Tensor:
+    # In pieces: they become int64 to be summed, and an embedding of 1 GiB would take 8 of a GPU's.
+    return sum(piece.sum(dtype=torch.int64) for piece in tensor.contiguous().view(-1).view(torch.uint8).split(2**26))
+
+
 def _check(model: nn.Module) -> None:
     """Refuse, on every rank alike and before anything is sharded, what would fail or go wrong later."""
     ranks = dist.get_world_size()
@@ -304,7 +318,7 @@ def _check(model: nn.Module) -> None:
         tensors = [parameter.data]
         if isinstance(parameter, NF4Tensor):
             tensors = [getattr(parameter, n) for n in parameter.__tensor_flatten__()[0]]
-        sums.append(sum(t.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors))
+        sums.append(sum(_byte_sum(t) for t in tensors))
     mine = torch.stack(sums)
     theirs = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(theirs, mine)

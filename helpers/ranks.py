@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ class Job:
     """``python3 arguments...`` once a rank, as ``torchrun`` would start it, or (``ranks=0``) alone and in no group.
 
     ``name``: of its folder under ``log_dir``, where each rank's output is kept. ``limit_s``: seconds until it is
-    stopped. ``environment``: added to this process's. Its processes end with it, whichever way it ends.
+    stopped. ``environment``: added to this process's. Its processes end with it, whichever way it ends, and a thread
+    watches them: ranks that wait for one that has failed spin on their GPUs, at the cost of everyone else there.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Job:
     processes: list[subprocess.Popen] = field(default_factory=list, init=False)
     failure: str | None = field(default=None, init=False)  # one line; "" once it ended well
     _shown: int = field(default=0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def start(self) -> Job:
         """Start its processes and return at once."""
@@ -97,9 +100,28 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(command, env=common | mine, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
                 )
+        threading.Thread(target=self._watch, name=self.name, daemon=True).start()
         return self
 
     def ended(self) -> bool:
+        """Whether it is over, and all its processes with it."""
+        return self.failure is not None
+
+    def stop(self, why: str) -> None:
+        """End it now, for a reason that becomes its failure; nothing where it is over."""
+        with self._lock:
+            if not self._look():
+                self._end()
+                self.failure = why
+
+    def _watch(self) -> None:
+        ended = False
+        while not ended:
+            time.sleep(0.05)
+            with self._lock:
+                ended = self._look()
+
+    def _look(self) -> bool:
         """Whether it is over; ends the other ranks where one has failed, and all of them where time is up."""
         if self.failure is not None:
             return True
@@ -118,12 +140,6 @@ class Job:
             self._end()
             self.failure = f"was not done after {self.limit_s:.0f} s (logs in {self.log_dir})"
         return self.failure is not None
-
-    def stop(self, why: str) -> None:
-        """End it now, for a reason that becomes its failure."""
-        if not self.ended():
-            self._end()
-            self.failure = why
 
     def said(self) -> str:
         """What rank 0 has printed so far, errors last."""
@@ -201,11 +217,11 @@ def wait_for(*jobs: Job | None) -> None:
 
 
 def places(gib: float, cores: int = 3) -> int:
-    """How many jobs that take ``gib`` GiB of each GPU and ``cores`` processors fit side by side; 1 without a GPU."""
+    """How many jobs of ``gib`` GiB on each GPU and ``cores`` processors fit into what is free now; at least 1."""
     if not torch.cuda.is_available():
         return 1
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return max(1, min(int(smallest / 1024**3 / gib), (os.cpu_count() or 1) // cores))
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
+    return max(1, min(int(free / 1024**3 / gib), (os.cpu_count() or 1) // cores))
 
 
 def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike, limit_s: float = LIMIT_S) -> None:
@@ -230,10 +246,13 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def one_rank_at_a_time() -> Iterator[None]:
-    """Run the block rank after rank, so that host memory holds one copy of a checkpoint and not one a rank."""
+    """Run the block rank after rank, so that host memory holds one copy of a checkpoint and not one a rank.
+
+    The ranks wait in gloo: in NCCL's barrier they would spin on their GPUs.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for _ in range(rank):
-        dist.barrier()
+        dist.all_reduce(torch.zeros(()))
     yield
     for _ in range(ranks - rank):
-        dist.barrier()
+        dist.all_reduce(torch.zeros(()))

@@ -128,7 +128,9 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
             if name in adapters:
                 parameter.data = adapters[name]
         if (scaler := self.accelerator.scaler) is not None:
-            scaler.load_state_dict(scaler.state_dict() | {"scale": FIRST_SCALE})
+            # Ranks average gradients of a loss that Trainer multiplies by their number: so both round alike.
+            scale = FIRST_SCALE / self.accelerator.num_processes
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
         # from_pretrained leaves the base in evaluation mode under an adapter in training mode: `training_step` looks at
         # the latter alone, and a layer in evaluation mode is not checkpointed.
         self.model.train()

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +94,15 @@ class _Timeline:
 # In the process that starts them
 
 
-def warm(
-    running: Iterable[tuple[Job, Path, float]], limit_s: float, given_up: Callable[[Job], str] = lambda job: ""
-) -> None:
+def warm(running: Iterable[tuple[Job, Path, float]], limit_s: float) -> None:
     """Wait until every contender that runs is ready for its turn, has ended, or is late.
 
     Args:
         running: job, its folder, and the ``time.monotonic()`` at which it is late: ``limit_s`` after its start.
-        given_up: says why a job cannot become ready, or "".
     """
     for job, folder, late in running:
         while not job.ended() and len(list(folder.glob("ready *"))) < len(job.processes):
-            if why := given_up(job):
-                job.stop(why)
-            elif time.monotonic() > late:
+            if time.monotonic() > late:
                 job.stop(f"had not warmed up after {limit_s:.0f} s")
             time.sleep(0.05)
 

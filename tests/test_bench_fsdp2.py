@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 
 import pytest
 
@@ -34,13 +35,14 @@ found = {{"seconds": [2.0, 1.0, 9.0], "losses": [3.0], "allocated_gib": 5.0 + in
 """
 
 
-def test_contenders_take_turns_and_a_failed_one_stops_nobody(tmp_path):
+def test_contenders_take_turns_and_a_failed_one_stops_nobody(tmp_path, capsys):
     runs = ["2:ours, 8-bit Adam", "1:ours, 8-bit Adam", "1:ours, eager", "1:ours, bitsandbytes' linear"]
     (log := tmp_path / "log").mkdir()
-    bench = Bench(Case(), runs, tmp_path / "out", limit_s=4, at_once=3)
+    left_out = ["2:ours, float32 AdamW"]
+    bench = Bench(Case(), runs, tmp_path / "out", limit_s=4, further=left_out, until=time.monotonic(), at_once=3)
     bench.entry = ["-c", STAND_IN.format(log=str(log))]
     rows = {f"{row['gpus']}:{row['contender']}": row for row in bench.start().finish()}
-    assert list(rows) == runs
+    assert list(rows) == runs and f"for want of time: {left_out[0]}" in capsys.readouterr().out
     assert "RuntimeError: no kernel" in rows[runs[2]]["error"] and "not warmed up after 4 s" in rows[runs[3]]["error"]
     for run, allocated in ((runs[0], 6.0), (runs[1], 5.0)):
         assert not rows[run]["error"] and rows[run]["step_s"] == 2.0 and rows[run]["allocated_gib"] == allocated
@@ -59,7 +61,7 @@ def test_contenders_take_turns_and_a_failed_one_stops_nobody(tmp_path):
 
 def test_an_unknown_contender_is_named():
     with pytest.raises(ValueError, match="'2:theirs' is not GPUS:CONTENDER"):
-        Bench(Case(), ["2:theirs"], None, at_once=1)
+        Bench(Case(), [], None, further=["2:theirs"])
 
 
 TRAINER_STAND_IN = """

@@ -7,7 +7,9 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
+from helpers.fsdp2 import frozen_bytes
 from helpers.nf4_tensor import NF4Linear, NF4Tensor, unpack, use_nf4_tensors
 
 SHAPES = [(512, 256), (576, 192), (300, 64), (96, 64), (7, 33)]
@@ -28,6 +30,14 @@ def linear(shape=(128, 64), dtype=torch.float32, bias=False):
     module = Linear4bit(shape[1], shape[0], bias=bias, compute_dtype=dtype, quant_type="nf4")
     module.to("cpu")
     return module.requires_grad_(False)
+
+
+def test_frozen_weights_count_as_they_are_stored():
+    module = nn.Module()
+    module.ours = NF4Linear(linear()).weight
+    module.another_subclass = nn.Parameter(TwoTensor(torch.zeros(6), torch.zeros(6)), requires_grad=False)
+    stored = 128 * 64 // 2 + 128 + 4  # half a byte a weight, a byte a block, 4 of its one double-quantisation block
+    assert frozen_bytes(module) == {"ours": stored, "another_subclass": 48}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
