@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compiling import gather_head
-from .fsdp2_optimizer import step_on_shards
+from .fsdp2_optimizer import step_on_shards, step_without_waiting
 from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half
 from .layer_checkpoint import checkpointed as by_halves
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
@@ -161,7 +161,7 @@ def shard_trainer(trainer: Any, config: FSDP2Config) -> None:
 
 
 class TrainsSharded:
-    """Mixin for a ``Trainer``; of a model that is not sharded it changes the clipping alone.
+    """Mixin for a ``Trainer``; of a model that is not sharded it changes clipping and bitsandbytes' waits alone.
 
     ``save_model`` writes PEFT's adapter files and gathers nothing but the adapter: Trainer would gather the whole
     4-bit base first (full state dict), or write no adapter at all (sharded). bitsandbytes' optimizers step on shards.
@@ -174,8 +174,8 @@ class TrainsSharded:
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         optimizer = super().create_optimizer(*args, **kwargs)
-        if isinstance(self.model, FSDPModule) and isinstance(optimizer, Optimizer8bit):
-            step_on_shards(optimizer)
+        if isinstance(optimizer, Optimizer8bit):
+            (step_on_shards if isinstance(self.model, FSDPModule) else step_without_waiting)(optimizer)
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

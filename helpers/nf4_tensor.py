@@ -9,6 +9,7 @@ tensor, so any FSDP2 takes it as a parameter, and hands the all-gather its bytes
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class NF4Tensor(torch.Tensor):
 
     def __init__(self, rows: int, encoding: NF4Encoding, tensors: dict[str, torch.Tensor]):
         self.encoding = encoding
+        self.sent: tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]] | None = None
         for name in SHARDED + SHARED:
             setattr(self, name, tensors.get(name))
 
@@ -132,10 +134,15 @@ class NF4Tensor(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """This rank's bytes, all as uint8 so that no copy on the way is numeric, and the tensors all ranks share."""
-        # On one rank FSDP2 copies the first tensor and forgets the others, which are whole as they are.
-        sharded = SHARDED if mesh.size() > 1 else ("packed",)
-        shared = {name: t for name, t in self._present() if name not in sharded}
-        return tuple(_bytes(t) for _, t in self._present(sharded)), shared
+        if self.sent is None:  # a frozen shard sends the same every time
+            # On one rank FSDP2 copies the first tensor and forgets the others, which are whole as they are.
+            sharded = SHARDED if mesh.size() > 1 else ("packed",)
+            shared = {name: t for name, t in self._present() if name not in sharded}
+            self.sent = tuple(_bytes(t) for _, t in self._present(sharded)), shared
+        return self.sent
+
+    # FSDP2 asks for it at every gather, and to read it off the code takes inspect as long as all of the above.
+    fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)
 
     def fsdp_post_all_gather(self, outputs, shared, param_dtype, *, out=None):
         """The whole weight over the gathered bytes. FSDP2 reuses their storage, so ``out`` is right already."""
