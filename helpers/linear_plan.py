@@ -133,8 +133,12 @@ class Plan:
             trained = TRAINED_LOGITS if self.sum_dtype is not None else LEAN_LOGITS
             rows = max(LEAST_ROWS, (trained if self.trained else FROZEN_LOGITS) // vocabulary)
             statistics = torch.cuda.memory_stats(device)
-            unused = statistics["reserved_bytes.all.current"] - statistics["allocated_bytes.all.current"]
-            free = torch.cuda.mem_get_info(device)[0] + unused - sum(4 * p.numel() for p in self.trained)
+            free, whole = torch.cuda.mem_get_info(device)
+            if torch.are_deterministic_algorithms_enabled():  # what others hold at the moment must not change a result
+                free = whole - statistics["allocated_bytes.all.current"]
+            else:
+                free += statistics["reserved_bytes.all.current"] - statistics["allocated_bytes.all.current"]
+            free -= sum(4 * p.numel() for p in self.trained)
             rows = min(rows, int(free / 2 / (self.form.bytes_per_logit * vocabulary)))
         rows = min(rows, self.form.rows or rows)
         return max(rows // 128 * 128 if rows > 128 else rows, 1)
