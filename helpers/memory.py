@@ -1,9 +1,7 @@
-"""Memory in GiB (1024 ** 3 bytes): peaks that can be claimed, and a timeline per GPU that can be looked at."""
+"""Memory in GiB (1024 ** 3 bytes): peaks of PyTorch's allocator."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,40 +32,3 @@ def peak_gib() -> tuple[float, float]:
     if not torch.cuda.is_available():
         return 0.0, 0.0
     return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-
-
-class MemoryTimeline:
-    """Used memory of every GPU as the driver sees it, sampled ten times a second while the ``with`` block runs.
-
-    ``rows`` holds ``{"seconds", "gpu0_gib", ...}``. It sees what the allocator does not (contexts, NCCL) and
-    misses spikes shorter than a sample: read it beside :func:`peak_gib`. Without NVML it stays empty.
-    """
-
-    def __init__(self, seconds_between: float = 0.1):
-        self.rows: list[dict[str, float]] = []
-        self._seconds_between = seconds_between
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> MemoryTimeline:
-        if torch.cuda.is_available():
-            try:
-                torch.cuda.device_memory_used(0)
-            except Exception:  # NVML or its package is missing: a timeline is a picture, not a condition
-                return self
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
-
-    def _sample(self) -> None:
-        start = time.perf_counter()
-        while not self._stop.wait(self._seconds_between):
-            row = {"seconds": round(time.perf_counter() - start, 2)}
-            for i in range(torch.cuda.device_count()):
-                row[f"gpu{i}_gib"] = round(torch.cuda.device_memory_used(i) / GIB, 3)
-            self.rows.append(row)

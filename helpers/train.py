@@ -35,7 +35,7 @@ from . import attention, attention_transformers, checkpoints, fsdp2, host, plan,
 from .chunked_head import chunked_loss
 from .expected_memory import expected, row_lengths
 from .instruction_data import load_instructions
-from .memory import GIB, MemoryTimeline, peak_gib
+from .memory import GIB, peak_gib
 from .nf4_tensor import NF4Linear
 from .train_arguments import DTYPES, TrainArguments, advice, decided, sft_config
 
@@ -54,7 +54,6 @@ class TrainResult:
     peak_allocated_gib: float
     peak_reserved_gib: float
     expected_gib: float  # allocated, by helpers/expected_memory.py; NaN for layers that it does not know
-    timeline: list[dict[str, float]]
     answer_before: str = ""
     answer_after: str = ""
 
@@ -254,15 +253,14 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with MemoryTimeline() as timeline:
-            trainer.train(resume_from_checkpoint=resume_from)
+        trainer.train(resume_from_checkpoint=resume_from)
         allocated, reserved = peak_gib()
         trainer.save_whole_model()
     planned = (_expected_bytes(trainer, args) + held) / GIB
     after = answer(model, base.tokenizer, prompt)  # of a sharded model all ranks together
     _say(f"peak memory: {allocated:.2f} GiB allocated (--plan expects {planned:.2f} on a GPU), {reserved:.2f} GiB "
          f"reserved; adapter in {args.output_dir}")  # fmt: skip
-    return TrainResult(log.rows, base.label, output_dir, allocated, reserved, planned, timeline.rows, before, after)
+    return TrainResult(log.rows, base.label, output_dir, allocated, reserved, planned, before, after)
 
 
 def _expected_bytes(trainer: QLoRATrainer, args: TrainArguments) -> float:

@@ -83,10 +83,11 @@ class _Timeline:
 
         started = time.perf_counter()
         while True:
+            held = torch.cuda.memory_stats()
             self.rows.append({
                 "seconds": round(time.perf_counter() - started, 1),
-                "allocated_gib": round(torch.cuda.memory_allocated() / GIB, 3),
-                "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 3),
+                "allocated_gib": round(held.get("allocated_bytes.all.current", 0) / GIB, 3),
+                "reserved_gib": round(held.get("reserved_bytes.all.current", 0) / GIB, 3),
             })  # fmt: skip
             time.sleep(0.2)
 
