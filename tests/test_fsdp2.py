@@ -42,8 +42,9 @@ TOLERANCE = {"float32": 5e-4, "bfloat16": 2e-3, "float16": 2e-3, "8-bit states":
 
 
 def arguments(folder, ranks: int, **more) -> TrainArguments:
-    more = {"model": "shape:tiny-untied", "fsdp2": ranks > 1, "dtype": "float32"} | more
-    return TrainArguments(output_dir=str(folder), accumulation=MICRO_STEPS // ranks, batch_size=1, **ROWS | more)
+    more = {"accumulation": MICRO_STEPS // ranks, "dtype": "float32"} | more
+    more = {"model": "shape:tiny-untied", "fsdp2": ranks > 1} | more
+    return TrainArguments(output_dir=str(folder), batch_size=1, **ROWS | more)
 
 
 @contextlib.contextmanager
@@ -315,7 +316,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The runs of one process that sharded runs must equal."""
-    return {name: rank_trains(folder / f"alone {name}", ranks=1, **more | WITHOUT) for name, more in ALONE.items()}
+    runs = ALONE | {"bfloat16": {"dtype": "bfloat16", "accumulation": 2}}
+    return {name: rank_trains(folder / f"alone {name}", ranks=1, **more | WITHOUT) for name, more in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +342,7 @@ def two(folder, killed, checkpoint):
     """Everything that 2 ranks do, in one start of them."""
     calls = {name: (rank_trains, {"folder": folder / name, **more}) for name, more in VARIANTS.items()}
     calls |= {f"bytes {i}": (rank_gathers, more) for i, more in enumerate(PAYLOADS)}
+    calls["bfloat16"] = (rank_trains, {"folder": folder / "bfloat16", "dtype": "bfloat16", "accumulation": 1})
     calls["unequal"] = (rank_refuses_unequal_weights, {})
     if PIPELINES:
         calls["pipeline"] = (rank_pipelines, {"ranks": 2})
@@ -381,6 +384,12 @@ def test_two_ranks_equal_one_process(alone, two, variant):
     assert min(two[0][variant]["norms"]) > 0.1, "gradients must be clipped for this test to mean that clipping is equal"
     assert not two[1][variant]["losses"], "one rank logs"
     check_shards([rank[variant] for rank in two])
+
+
+def test_two_ranks_equal_one_process_to_the_bit_in_16_bits(alone, two):
+    for key in ("losses", "norms"):  # a sum of two micro-batches has no order; one bit would grow to 4e-3 of the loss
+        assert two[0]["bfloat16"][key] == alone["bfloat16"][key]
+    assert len(set(two[0]["bfloat16"]["losses"])) == STEPS
 
 
 def test_three_ranks_with_tied_embeddings_equal_one_process(alone, three):
