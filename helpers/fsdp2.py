@@ -164,7 +164,8 @@ class TrainsSharded:
     """Mixin for a ``Trainer``; of a model that is not sharded it changes clipping and bitsandbytes' waits alone.
 
     ``save_model`` writes PEFT's adapter files and gathers nothing but the adapter: Trainer would gather the whole
-    4-bit base first (full state dict), or write no adapter at all (sharded). bitsandbytes' optimizers step on shards.
+    4-bit base first (full state dict), or write no adapter at all (sharded). bitsandbytes' optimizers step on shards,
+    torch's on all of them at once.
     Gradients are clipped by `clip_grad_norm`.
     """
 
@@ -174,8 +175,14 @@ class TrainsSharded:
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         optimizer = super().create_optimizer(*args, **kwargs)
+        sharded = isinstance(self.model, FSDPModule)
         if isinstance(optimizer, Optimizer8bit):
-            (step_on_shards if isinstance(self.model, FSDPModule) else step_without_waiting)(optimizer)
+            (step_on_shards if sharded else step_without_waiting)(optimizer)
+        elif sharded:
+            # On a GPU torch steps on lists of plain tensors by itself, but on DTensors one by one.
+            for group in optimizer.param_groups:
+                if not group.get("fused") and "foreach" in group:
+                    group["foreach"] = True
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

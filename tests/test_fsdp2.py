@@ -507,6 +507,8 @@ GPU_VARIANTS = {
     "bfloat16 compiled": {"dtype": "bfloat16", "nf4": "triton", "compile": True},
     "bfloat16 offloaded": {"dtype": "bfloat16", "nf4": "triton", "fsdp2_options": "offload", "save_steps": 4},
     "bfloat16 8-bit": {"dtype": "bfloat16", **VARIANTS["8-bit"]},
+    "bfloat16 exact": {"dtype": "bfloat16", "nf4": "triton", "accumulation": 1},
+    "float16 exact": {"dtype": "float16", "nf4": "triton", "accumulation": 1},
 }
 GPU_PAYLOADS = [{**payload, "param_dtype": d} for payload in PAYLOADS for d in ("bfloat16", "float16", None)]
 
@@ -524,6 +526,8 @@ def two_gpus(folder):
 @pytest.fixture(scope="module")
 def one_gpu(folder, two_gpus):
     runs = {name: {"folder": folder / f"1 {name}", "ranks": 1, **m | WITHOUT} for name, m in GPU_VARIANTS.items()}
+    for name in ("bfloat16 exact", "float16 exact"):
+        runs[name]["accumulation"] = 2
     return in_ranks(1, {name: (rank_trains, kwargs) for name, kwargs in runs.items()})[0]
 
 
@@ -535,6 +539,8 @@ def test_two_gpus_equal_one(one_gpu, two_gpus, variant):
         check_losses(two_gpus[0][variant], one_gpu[variant])
     pairs = zip(two_gpus[0][variant]["losses"], one_gpu[variant]["losses"], strict=True)
     assert max(abs(a - b) / abs(b) for a, b in pairs) <= TOLERANCE[dtype]
+    if "exact" in variant:
+        assert two_gpus[0][variant]["losses"] == one_gpu[variant]["losses"]
     check_shards([rank[variant] for rank in two_gpus])
     assert two_gpus[0][variant]["breaks"] == 0, two_gpus[0][variant]["reasons"]
     if "offload" in GPU_VARIANTS[variant].get("fsdp2_options", ""):
