@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from . import attention_transformers, checkpoints, fsdp2
+from . import attention, attention_transformers, checkpoints, fsdp2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
@@ -87,9 +87,11 @@ def decided(args: TrainArguments) -> TrainArguments:
     if args.fsdp2 and args.loss == "trl":
         raise ValueError("--loss trl reads the head past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
-    against = {"a GPU": gpu, "--compile": args.compile, "no --packing": not args.packing, "no --fsdp2": not args.fsdp2}
+    against = {"a GPU": gpu, "--compile": args.compile, "no --fsdp2": not args.fsdp2}
     if args.cuda_graphs and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
+    if args.cuda_graphs and args.packing and (why := _no_packed_graphs(args.attention, DTYPES[values["dtype"]])):
+        raise ValueError(f"--cuda_graphs with --packing needs --attention varlen: {why}")
     against = {"--compile": args.compile, "--checkpointing": args.checkpointing, "no --fsdp2": not args.fsdp2}
     against["no --cuda_graphs"] = not args.cuda_graphs
     if args.offload and (missing := [need for need, there in against.items() if not there]):
@@ -101,6 +103,14 @@ def decided(args: TrainArguments) -> TrainArguments:
         values["nf4"] = "bitsandbytes"  # the interpreter is right, and slow
     values["nf4"] = _choice("nf4", values["nf4"], {"triton": gpu or interpreted, "bitsandbytes": True})
     return TrainArguments(**values)
+
+
+def _no_packed_graphs(name: str, dtype: torch.dtype) -> str | None:
+    """Why steps of packed rows cannot be recorded with this --attention, or None."""
+    if name not in ("auto", "varlen"):
+        return f"--attention is {name}"
+    case = {"device": "cuda", "capability": torch.cuda.get_device_capability(), "dtype": dtype, "head_dim": 64}
+    return attention.unsupported("flash", attention.Case(**case, segments=True, gradient=True))
 
 
 def _choice(flag: str, value: str, possible: dict[str, bool]) -> str:
