@@ -37,7 +37,7 @@ from .expected_memory import expected, row_lengths
 from .instruction_data import load_instructions
 from .memory import GIB, MemoryTimeline, peak_gib
 from .nf4_tensor import NF4Linear
-from .train_arguments import DTYPES, TrainArguments, advice, decided, sft_config
+from .train_arguments import DTYPES, TrainArguments, advice, decided, quickest, sft_config
 
 COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
 # PyTorch's own, 65536, overflows in the first steps, and a skipped step parts two runs that differ by a rounding.
@@ -399,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     args = TrainArguments(**vars(parser.parse_args(argv)))
     try:
         with t4.rehearsal_if_asked(args.rehearse_t4):
+            args = quickest(args)
             if args.plan:
                 print(plan.describe(args, decided(args)))
                 return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from . import attention, attention_transformers, checkpoints, fsdp2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
+WORTH_COMPILING = 30  # steps: from there on they save more time than compiling takes, at 1 B parameters on an H100
 PROMPT = "In Python's standard library, what does `textwrap.wrap` do?"
 
 
@@ -22,7 +23,11 @@ def _flag(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass
 class TrainArguments:
-    """Everything a run can be told. ``None`` and ``auto`` are decided by the device, and the run says how."""
+    """Everything a run can be told. ``None`` and ``auto`` are decided by the device, and the run says how.
+
+    ``compile`` and ``cuda_graphs``, whose losses are eager's up to rounding, are decided on the command line alone
+    (`quickest`); elsewhere ``None`` is no.
+    """
 
     model: str = _flag("auto", "auto, embedded, shape:llama-3.2-1b, shape:llama-3.1-8b, a Hub id or a folder")
     dataset: str = _flag("auto", "auto, python-docs, oig, random:LOW-HIGH, a .jsonl file or a Hub id")
@@ -38,8 +43,8 @@ class TrainArguments:
     loss: str = _flag("auto", "chunked (helpers/linear_loss.py), trl (its fused head, GPU only), full (all logits)")
     attention: str = _flag("auto", "auto, sdpa, flex, varlen, xformers, eager (helpers/attention.py), or stock")
     packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
-    compile: bool = _flag(False, "torch.compile the decoder layers, norm and loss (helpers/compiling.py)")
-    cuda_graphs: bool = _flag(False, "with --compile: record a step of each length, then replay it in two launches")
+    compile: bool | None = _flag(None, "torch.compile the decoder layers, norm and loss (helpers/compiling.py)")
+    cuda_graphs: bool | None = _flag(None, "with --compile: record a step of each length, replay it in two launches")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
     offload: bool = _flag(False, "with --compile and --checkpointing: layers' inputs wait in host memory")
     optimizer: str = _flag("auto", "a name of TrainingArguments.optim, as adamw_8bit; auto: AdamW, fused on a GPU")
@@ -54,6 +59,22 @@ class TrainArguments:
     plan: bool = _flag(False, "print what would run and why, and the memory expected; load and train nothing")
 
 
+def quickest(args: TrainArguments) -> TrainArguments:
+    """``args``, compiled and replayed on a GPU wherever nothing else in them speaks against it."""
+    compile, cuda_graphs = args.compile, args.cuda_graphs
+    if compile is None:
+        asked = args.cuda_graphs or args.offload or args.steps is None or args.steps >= WORTH_COMPILING
+        compile = bool(torch.cuda.is_available() and asked and args.loss != "full" and args.attention != "stock")
+    if cuda_graphs is None:
+        dtype = checkpoints.default_dtype() if args.dtype == "auto" else DTYPES.get(args.dtype, torch.float32)
+        cuda_graphs = (
+            compile and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+            and not (args.fsdp2 or args.offload)
+            and not (args.packing and _no_packed_graphs(args.attention, dtype))
+        )  # fmt: skip
+    return replace(args, compile=compile, cuda_graphs=cuda_graphs)
+
+
 def decided(args: TrainArguments) -> TrainArguments:
     """``args`` with what the device decides filled in.
 
@@ -61,7 +82,7 @@ def decided(args: TrainArguments) -> TrainArguments:
         ValueError: what cannot be honoured.
     """
     gpu = torch.cuda.is_available()
-    values = dict(vars(args))
+    values = dict(vars(args)) | {name: bool(getattr(args, name)) for name in ("compile", "cuda_graphs")}
     for name, on_gpu, on_cpu in (
         ("steps", 60, 6), ("batch_size", 2, 1), ("accumulation", 4, 1), ("max_length", 2048, 256)
     ):  # fmt: skip
