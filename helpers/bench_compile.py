@@ -214,6 +214,7 @@ def main() -> None:
         torch._dynamo.reset()
         gc.collect()  # or the next variant's peak counts this one's adapters and optimizer
         if torch.cuda.is_available():
+            torch._C._cuda_clearCublasWorkspaces()  # of its streams
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

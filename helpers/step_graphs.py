@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.cudagraph_trees import clear_cublas_manager
 
 
 @dataclass
@@ -89,10 +90,12 @@ class StepGraphs:
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._hold(self.buffers)  # into which autograd adds in place
-        with torch.cuda.graph(forward, **how):
-            loss = self.loss(inputs, items, *mode)
-        with torch.cuda.graph(backward, **how):
-            loss.backward(upstream)
+        # cuBLAS' workspaces, 32 MiB each on Hopper, are then the recording's own, not beside those of other streams.
+        with clear_cublas_manager():
+            with torch.cuda.graph(forward, **how):
+                loss = self.loss(inputs, items, *mode)
+            with torch.cuda.graph(backward, **how):
+                loss.backward(upstream)
         self._hold(held)
         return _Step(inputs, items, upstream, loss.detach(), forward, backward)
 
