@@ -26,7 +26,7 @@ from .attention_transformers import register
 from .compile_counter import CompileCounter
 from .compiling import PAD_TO, compile_model
 from .instruction_data import load_instructions
-from .memory import peak_gib
+from .memory import peak_gib, reset_peak
 from .train import QLoRATrainer, nf4_decoder
 from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
@@ -216,7 +216,7 @@ def main() -> None:
         if torch.cuda.is_available():
             torch._C._cuda_clearCublasWorkspaces()  # of its streams
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak()
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def ours(case: Case, contender: str, folder: str, callbacks: Sequence[Any] = ())
     if contender == "stock":
         parts = {"nf4": "bitsandbytes", "loss": "trl", "attention": "stock"}
     else:
-        graphs = contender == "graphs"
-        parts = {"compile": True, "cuda_graphs": graphs, "offload": case.offload and not graphs}
+        parts = {"compile": True, "cuda_graphs": contender == "graphs", "offload": case.offload}
     train(TrainArguments(
         model=folder, dataset=_rows(case), output_dir=tempfile.mkdtemp(), steps=case.steps, optimizer=case.optimizer,
         batch_size=case.batch_size, accumulation=case.accumulation, max_length=case.max_length,

@@ -49,6 +49,7 @@ class CompiledModel:
     active: bool = True
     pad_to: int = 1
     cuda_graphs: bool = False
+    store: HostStore | None = None  # of layers' inputs
     most_rows: dict[bool, int] = field(default_factory=dict)  # so far, with gradients and without
 
 
@@ -97,8 +98,8 @@ def compile_model(
             "train it without compile"
         )
     halved = can_be_halved(layers[0])
-    if offload and (sharded or cuda_graphs or not halved):
-        why = "layers that FSDP2 shards" if sharded else "CUDA graphs" if cuda_graphs else type(layers[0]).__name__
+    if offload and (sharded or not halved):
+        why = "layers that FSDP2 shards" if sharded else type(layers[0]).__name__
         raise ValueError(f"offload is not there for {why}: leave it out")
     options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"} if max_autotune else None
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options)
@@ -116,10 +117,10 @@ def compile_model(
         compiled.parts["layers"] = "compiled"
         if not sharded:
             regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
-            store = HostStore() if offload else None
             if offload:
+                compiled.store = HostStore()
                 compiled.parts["layer inputs"] = "in host memory"
-            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, halved, store)))
+            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, halved, compiled.store)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
         if compiled.cuda_graphs:
@@ -280,11 +281,16 @@ def _compile_loss(
                 hidden = decoder(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         finally:
             deferred = False
+        if compiled.store is not None:
+            compiled.store.settle()
         with _gathered(head, hidden.device):
             return _summed_in_chunks(region_of, head, hidden, labels, items)
 
     def recorded_loss(inputs: tuple[Tensor, ...], items: Tensor, documents: int, checkpointed: bool) -> Tensor:
         ids, labels, *positions = inputs
+        if compiled.store is not None:
+            size = ids.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
+            compiled.store.reserve(len(decoder.layers), size)
         return loss_of(ids, labels, items, documents, **({"position_ids": positions[0]} if documents else {}))
 
     graphs: StepGraphs | None = None

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.cudagraph_trees import clear_cublas_manager
 
+from .memory import note_replay
+
 
 @dataclass
 class _Step:
@@ -53,6 +55,7 @@ class StepGraphs:
         # What autograd believes the loss depends on.
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self.pending: object = None
+        self.recorded_bytes = 0  # of the memory that the recordings share
 
     def __call__(self, inputs: tuple[Tensor, ...], items: Tensor | int, *mode: Any) -> Tensor:
         """``mode``: whatever else a recording depends on, for ``loss`` too."""
@@ -97,6 +100,8 @@ class StepGraphs:
             with torch.cuda.graph(backward, **how):
                 loss.backward(upstream)
         self._hold(held)
+        pools = [(tuple(s["segment_pool_id"]), s["total_size"]) for s in torch.cuda.memory_snapshot()]
+        self.recorded_bytes = sum(size for pool, size in pools if pool == self.pool)
         return _Step(inputs, items, upstream, loss.detach(), forward, backward)
 
     def _hold(self, gradients: Sequence[Tensor | None]) -> None:
@@ -133,5 +138,6 @@ class _Replay(torch.autograd.Function):
         graphs.pending = None
         step.upstream.copy_(upstream)
         graphs.own_gradients()
+        note_replay(graphs.recorded_bytes)
         step.backward.replay()
         return None, None, None

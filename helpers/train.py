@@ -35,7 +35,7 @@ from . import attention, attention_transformers, checkpoints, fsdp2, host, plan,
 from .chunked_head import chunked_loss
 from .expected_memory import expected, row_lengths
 from .instruction_data import load_instructions
-from .memory import GIB, MemoryTimeline, peak_gib
+from .memory import GIB, MemoryTimeline, peak_gib, reset_peak
 from .nf4_tensor import NF4Linear
 from .train_arguments import DTYPES, TrainArguments, advice, decided, quickest, sft_config
 
@@ -251,7 +251,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
             fsdp2.shard_trainer(trainer, sharding)
         _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak()
         with MemoryTimeline() as timeline:
             trainer.train(resume_from_checkpoint=resume_from)
         allocated, reserved = peak_gib()

@@ -69,7 +69,7 @@ def quickest(args: TrainArguments) -> TrainArguments:
         dtype = checkpoints.default_dtype() if args.dtype == "auto" else DTYPES.get(args.dtype, torch.float32)
         cuda_graphs = (
             compile and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-            and not (args.fsdp2 or args.offload)
+            and not args.fsdp2
             and not (args.packing and _no_packed_graphs(args.attention, dtype))
         )  # fmt: skip
     return replace(args, compile=compile, cuda_graphs=cuda_graphs)
@@ -114,7 +114,6 @@ def decided(args: TrainArguments) -> TrainArguments:
     if args.cuda_graphs and args.packing and (why := _no_packed_graphs(args.attention, DTYPES[values["dtype"]])):
         raise ValueError(f"--cuda_graphs with --packing needs --attention varlen: {why}")
     against = {"--compile": args.compile, "--checkpointing": args.checkpointing, "no --fsdp2": not args.fsdp2}
-    against["no --cuda_graphs"] = not args.cuda_graphs
     if args.offload and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--offload needs {', '.join(missing)}" + " (there --fsdp2_options offload)" * args.fsdp2)
     if values["compile"] and values["loss"] == "full":
@@ -187,7 +186,7 @@ def advice(args: TrainArguments) -> str:
         "--checkpointing True": not args.checkpointing,
         "--loss chunked": args.loss == "full",
         f"--batch_size 1 --accumulation {args.accumulation * args.batch_size}": args.batch_size > 1,
-        "--offload True": args.compile and args.checkpointing and not (args.offload or args.fsdp2 or args.cuda_graphs),
+        "--offload True": args.compile and args.checkpointing and not (args.offload or args.fsdp2),
         f"--max_length {args.max_length // 2}": True,
         "--compile": not args.compile and args.loss != "full",
         "--optimizer adamw_8bit": "8bit" not in args.optimizer,

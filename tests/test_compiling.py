@@ -381,7 +381,8 @@ def test_recording_a_step_leaves_gradients_as_they_were(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, played in {
         "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nothing, "graph": nothing,
-        "CUDAGraph": SimpleNamespace, "graph_pool_handle": lambda: (0, 0),
+        "CUDAGraph": SimpleNamespace, "graph_pool_handle": lambda: (0, 1),
+        "memory_snapshot": lambda: [{"segment_pool_id": (0, i), "total_size": 10 + i} for i in (0, 1, 1)],
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, played)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
@@ -397,6 +398,7 @@ def test_recording_a_step_leaves_gradients_as_they_were(monkeypatch):
     ids, labels = torch.tensor([[0, 1]]), torch.tensor([[2.0, 3.0]])
     step = graphs._recorded((ids, labels), ())
     assert warmed == [None] and weight.grad is before and torch.equal(before, torch.ones(5, 3))
+    assert graphs.recorded_bytes == 22, "of its own pool alone"
     # A real recording runs nothing; this one ran backward once, into the buffer.
     torch.testing.assert_close(graphs.buffers[0][:2], torch.tensor([[2.0], [3.0]]).expand(2, 3))
     assert torch.equal(step.inputs[0], ids) and step.inputs[0] is not ids and not step.loss.requires_grad

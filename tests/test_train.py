@@ -176,7 +176,7 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said)
         ((9, 0), {"steps": 10}, False, False),
         ((9, 0), {"steps": 10, "cuda_graphs": True}, True, True),
         ((9, 0), {"loss": "full"}, False, False),
-        ((9, 0), {"offload": True}, True, False),
+        ((9, 0), {"offload": True}, True, True),
         ((9, 0), {"packing": True, "attention": "flex"}, True, False),
         ((9, 0), {"compile": False}, False, False),
         (None, {}, False, False),
