@@ -523,11 +523,11 @@ def test_gpu_max_autotune_recompiles_no_more():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("how", ["", "checkpointed", "offloaded"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, checkpointed):
-    model = qlora_model("cuda", dtype)
-    checkpointing(model, checkpointed)
+def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, how):
+    model = qlora_model("cuda", dtype, layers=5)
+    checkpointing(model, how != "")
     weights = trainable(model)
     found, peaks = [], []
     for cuda_graphs in (False, True):
@@ -535,12 +535,33 @@ def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, che
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
-        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):
+        offload = how == "offloaded"
+        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs, offload=offload):
             found.append(train(model, batches(20, 1024, device="cuda"), autocast=dtype, scaler=scaler))
         peaks.append(torch.cuda.max_memory_reserved())
         assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
     assert peaks[1] < 1.5 * peaks[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gpu_packed_rows_are_replayed(checkpointed, monkeypatch):
+    from helpers import compiling
+
+    model = qlora_model("cuda", torch.bfloat16)
+    checkpointing(model, checkpointed)
+    model.set_attn_implementation("qlora_auto")
+    micro = [[{k: v.cuda() if torch.is_tensor(v) else v for k, v in b.items()} for b in m] for m in packed_batches(12)]
+    weights, made, found = trainable(model), [], []
+    monkeypatch.setattr(compiling, "StepGraphs", lambda *args: made.append(StepGraphs(*args)) or made[0])
+    for cuda_graphs in (False, True):
+        restart(model, weights)
+        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):
+            found.append(train(model, micro, evaluate=False, autocast=torch.bfloat16))
+        assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
+    assert made and all(len(step.inputs) == 3 for step in made[0].steps.values())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
