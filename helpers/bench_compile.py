@@ -33,7 +33,7 @@ from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
     "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "pad1",
-    "graphs",
+    "graphs", "offload",
 }  # fmt: skip
 
 
@@ -125,8 +125,10 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
     if "compiled" not in words:
         yield
         return
-    pad_to = 1 if "pad1" in words else PAD_TO
-    with compile_model(model, max_autotune="autotune" in words, pad_to=pad_to, cuda_graphs="graphs" in words):
+    with compile_model(
+        model, max_autotune="autotune" in words, pad_to=1 if "pad1" in words else PAD_TO, cuda_graphs="graphs" in words,
+        offload="offload" in words,
+    ):  # fmt: skip
         torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
         yield
 
