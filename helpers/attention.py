@@ -28,6 +28,7 @@ AUTO_CPU = ("sdpa", "eager")
 AUTO_PLAIN = ("sdpa", "flash", "flex", "eager")
 AUTO_MASKED = ("flash", "flex", "xformers", "sdpa", "eager")
 HALF = (torch.float16, torch.bfloat16)
+FLASH, VARLEN, XFORMERS = "flash_attn", "torch.nn.attention.varlen", "xformers.ops"  # modules
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,21 @@ RULES: dict[str, tuple[tuple[str, Callable[[Case], bool]], ...]] = {
     "flash": (
         ("flash attention runs on CUDA", lambda c: c.device != "cuda"),
         ("flash attention needs compute capability 8.0", lambda c: _sm(c) < 80),
-        ("neither flash_attn nor torch.nn.attention.varlen can be imported", lambda c: not (_flash() or _varlen())),
+        ("neither flash_attn nor torch.nn.attention.varlen can be imported",
+         lambda c: not (_importable(FLASH) or _importable(VARLEN))),
         ("flash attention takes float16 and bfloat16", lambda c: c.dtype not in HALF),
         ("flash attention takes head sizes to 256 that 8 divides", lambda c: c.head_dim > 256 or c.head_dim % 8 > 0),
         ("torch.nn.attention.varlen has no dropout and no softcap; install flash-attn",
-         lambda c: (c.dropout or c.softcap) and not _flash()),
+         lambda c: (c.dropout or c.softcap) and not _importable(FLASH)),
         ("this torch.nn.attention.varlen has no window; install flash-attn or torch 2.11",
-         lambda c: c.window and not _flash() and not _varlen_has("window_size")),
+         lambda c: c.window and not _importable(FLASH) and not _varlen_has("window_size")),
         ("its segments are of queries and keys alike, so a padded batch cannot be decoded",
          lambda c: c.decoding and c.segments),
         ("flash attention takes the queries for the last keys", lambda c: c.offset),
     ),
     "xformers": (
         ("xFormers runs on CUDA", lambda c: c.device != "cuda"),
-        ("xFormers cannot be imported", lambda c: _xformers() is None),
+        ("xFormers cannot be imported", lambda c: not _importable(XFORMERS)),
         ("xFormers has no softcap", lambda c: c.softcap),
         ("xFormers takes float16, bfloat16 and float32", lambda c: c.dtype not in (*HALF, torch.float32)),
         ("bfloat16 needs compute capability 8.0", lambda c: _sm(c) < 80 and c.dtype == torch.bfloat16),
@@ -288,8 +290,10 @@ def _flash_attention(q, k, v, mask, scale, softcap, dropout):
     left, right = (-1 if reach == UNBOUNDED else reach for reach in mask.reach)
     window = (left - 1 if left > 0 else -1, right)
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], head_dim) for x in (q, k, v))
-    if _flash() is not None:
-        out = _flash().flash_attn_varlen_func(
+    if _importable(FLASH):
+        from flash_attn import flash_attn_varlen_func  # here: what Dynamo can trace
+
+        out = flash_attn_varlen_func(
             q, k, v, cu_q, cu_k, q_len, kv_len, dropout_p=dropout, softmax_scale=scale, causal=mask.causal,
             window_size=window, softcap=softcap or 0.0,
         )  # fmt: skip
@@ -306,23 +310,27 @@ def _flash_attention(q, k, v, mask, scale, softcap, dropout):
                 options["enable_gqa"] = True
             else:
                 k, v = _expanded(q, k), _expanded(q, v)
-        out = _varlen().varlen_attn(q, k, v, cu_q, cu_k, q_len, kv_len, **options)
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, cu_q, cu_k, q_len, kv_len, **options)
     return out.view(batch, q_len, heads, head_dim).transpose(1, 2)
 
 
 def _xformers_attention(q, k, v, mask, scale, softcap, dropout):
+    from xformers.ops import fmha, memory_efficient_attention
+
     batch, heads, length, head_dim = q.shape
     k, v = _expanded(q, k), _expanded(q, v)
     bias = mask.forms.get("xformers")
     if bias is None:
         cu_seqlens, _ = mask.cu_seqlens(batch, length, length, q.device)
         lengths = cu_seqlens.diff().tolist()
-        bias = _xformers().fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=q.device)
+        bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=q.device)
         if mask.window is not None:
             bias = bias.make_local_attention(mask.window)
         mask.forms["xformers"] = bias
     q, k, v = (x.transpose(1, 2).reshape(1, batch * length, heads, head_dim) for x in (q, k, v))
-    out = _xformers().memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale)
+    out = memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale)
     return out.view(batch, length, heads, head_dim).transpose(1, 2)
 
 
@@ -343,8 +351,8 @@ def _is_ampere(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
-@functools.cache  # not of what calls it: Dynamo would look through the cache, and through what is constant to it
-def _module(name: str) -> ModuleType | None:
+@functools.cache  # within a constant: Dynamo looks through the cache
+def _import(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except Exception:  # a broken binary raises whatever it likes; it is not there, then
@@ -352,20 +360,11 @@ def _module(name: str) -> ModuleType | None:
 
 
 @torch.compiler.assume_constant_result
-def _flash() -> ModuleType | None:
-    return _module("flash_attn")
-
-
-@torch.compiler.assume_constant_result
-def _varlen() -> ModuleType | None:
-    return _module("torch.nn.attention.varlen")
-
-
-@torch.compiler.assume_constant_result
-def _xformers() -> ModuleType | None:
-    return _module("xformers.ops")
+def _importable(name: str) -> bool:
+    return _import(name) is not None
 
 
 @torch.compiler.assume_constant_result
 def _varlen_has(parameter: str) -> bool:
-    return _varlen() is not None and parameter in inspect.signature(_varlen().varlen_attn).parameters
+    module = _import(VARLEN)
+    return module is not None and parameter in inspect.signature(module.varlen_attn).parameters

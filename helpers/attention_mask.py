@@ -141,6 +141,21 @@ class AttentionMask:
         return self.forms["cu_seqlens"]
 
 
+def packed_mask(positions: Tensor, most: int, window: int | None = None) -> AttentionMask:
+    """The causal mask of packed rows, for flash attention and made without waiting for the GPU.
+
+    Args:
+        positions: [rows, length]; a document begins wherever one does not follow the one before it.
+        most: documents that all rows may have: `cu_seqlens` has as many, those that are not there empty, at the end.
+    """
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions.diff(dim=1) != 1
+    document = starts.flatten().cumsum(0) - 1
+    begins = torch.searchsorted(document, torch.arange(most + 1, device=positions.device), out_int32=True)
+    segments = starts.cumsum(1, dtype=torch.int32)
+    return AttentionMask(True, window, segments=segments, backend="flash", forms={"cu_seqlens": (begins, begins)})
+
+
 def _mask_mod(
     of_queries: Tensor, of_keys: Tensor, offset: Tensor, left: Tensor, right: Tensor
 ) -> Callable[..., Tensor]:

@@ -6,8 +6,10 @@ asks for into one `AttentionMask` that all layers share, and an attention functi
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from transformers.masking_utils import causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
 from .attention import Case, attention, choose, device_capability
-from .attention_mask import AttentionMask, segments_of
+from .attention_mask import AttentionMask, packed_mask, segments_of
 
 # transformers takes any name with "flash" in it for its own.
 REGISTERED = {
@@ -31,6 +33,43 @@ def register() -> None:
     for name, backend in REGISTERED.items():
         AttentionInterface.register(name, functools.partial(_transformers_attention, backend))
         AttentionMaskInterface.register(name, functools.partial(_transformers_mask, backend))
+
+
+_packed: tuple[Tensor, int] | None = None  # within `packed_as`
+
+
+@contextlib.contextmanager
+def packed_as(positions: Tensor, most: int) -> Iterator[None]:
+    """Within, a model's masks are those of `packed_mask`, whatever it asks for: nothing waits for the GPU."""
+    global _packed
+    _packed = positions, most
+    try:
+        yield
+    finally:
+        _packed = None
+
+
+def packed_backend(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What packed rows train with on ``device``: one of `helpers.attention.BACKENDS`, or None where it is not ours."""
+    backend = REGISTERED.get(config._attn_implementation)
+    window = getattr(config, "sliding_window", None) is not None
+    return _chosen(config, device, dtype, window=window, segments=True) if backend == "auto" else backend
+
+
+def _chosen(config: Any, device: torch.device, dtype: torch.dtype, **case: bool) -> str:
+    """What `auto` stands for in a model of this configuration. ``dtype``: of its hidden states."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return choose("auto", Case(
+        device=device.type,
+        capability=device_capability(device.index or 0) if device.type == "cuda" else (0, 0),
+        dtype=dtype,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        gradient=torch.is_grad_enabled(),
+        dropout=bool(getattr(config, "attention_dropout", 0.0)),
+        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        **case,
+    ))  # fmt: skip
 
 
 def _transformers_attention(
@@ -87,6 +126,8 @@ def _transformers_mask(
     # Flex has one graph for all masks, so none is simplified; the others have better kernels for simpler ones.
     flex = backend == "flex"
     window = local_size if local_size is not None and (flex or local_size < kv_length) else None
+    if _packed is not None:
+        return packed_mask(*_packed, window)
     aligned = isinstance(q_offset, int) and q_offset == kv_offset and q_length == kv_length
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     ids = None
@@ -108,21 +149,10 @@ def _transformers_mask(
     mask = AttentionMask(causal, window, q_offset=None if last else q_offset - kv_offset, segments=segments)
     device = torch.device(device)
     if backend == "auto":
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else kwargs["dtype"]
-        backend = choose("auto", Case(
-            device=device.type,
-            capability=device_capability(device.index or 0) if device.type == "cuda" else (0, 0),
-            dtype=dtype,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            causal=causal,
-            window=window is not None,
-            segments=segments is not None,
-            decoding=q_length != kv_length,
-            offset=mask.q_offset is not None,
-            gradient=torch.is_grad_enabled(),
-            dropout=bool(getattr(config, "attention_dropout", 0.0)),
-            softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        ))  # fmt: skip
+        backend = _chosen(
+            config, device, kwargs["dtype"], causal=causal, window=window is not None, segments=segments is not None,
+            decoding=q_length != kv_length, offset=mask.q_offset is not None,
+        )  # fmt: skip
     mask.backend = backend
     # Made here, before the layers: inside a compiled layer it would be made again in each, and would synchronise.
     if backend == "flex":

@@ -26,14 +26,14 @@ from .attention_transformers import register
 from .compile_counter import CompileCounter
 from .compiling import PAD_TO, compile_model
 from .instruction_data import load_instructions
-from .memory import peak_gib
+from .memory import peak_gib, reset_peak
 from .train import QLoRATrainer, nf4_decoder
 from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
     "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "pad1",
-    "graphs",
+    "graphs", "offload",
 }  # fmt: skip
 
 
@@ -125,8 +125,10 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
     if "compiled" not in words:
         yield
         return
-    pad_to = 1 if "pad1" in words else PAD_TO
-    with compile_model(model, max_autotune="autotune" in words, pad_to=pad_to, cuda_graphs="graphs" in words):
+    with compile_model(
+        model, max_autotune="autotune" in words, pad_to=1 if "pad1" in words else PAD_TO, cuda_graphs="graphs" in words,
+        offload="offload" in words,
+    ):  # fmt: skip
         torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
         yield
 
@@ -214,8 +216,9 @@ def main() -> None:
         torch._dynamo.reset()
         gc.collect()  # or the next variant's peak counts this one's adapters and optimizer
         if torch.cuda.is_available():
+            torch._C._cuda_clearCublasWorkspaces()  # of its streams
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import one_graph, without_cudnn
+from .attention_transformers import packed_as, packed_backend
 from .host_store import HostStore
 from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half
 from .linear_chunk import autocast_now
@@ -48,6 +49,7 @@ class CompiledModel:
     active: bool = True
     pad_to: int = 1
     cuda_graphs: bool = False
+    store: HostStore | None = None  # of layers' inputs
     most_rows: dict[bool, int] = field(default_factory=dict)  # so far, with gradients and without
 
 
@@ -78,7 +80,8 @@ def compile_model(
         save_less: recompute what is cheap (norms, activations, casts) rather than keep it for the backward pass.
         pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
             for each size it has not met; multiples recur.
-        cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask.
+        cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask or is of
+            packed rows that flash attention takes.
         offload: with checkpointing, what a layer got waits in host memory until its backward pass.
         sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py, since FSDP2's hooks must run
             around them.
@@ -95,8 +98,8 @@ def compile_model(
             "train it without compile"
         )
     halved = can_be_halved(layers[0])
-    if offload and (sharded or cuda_graphs or not halved):
-        why = "layers that FSDP2 shards" if sharded else "CUDA graphs" if cuda_graphs else type(layers[0]).__name__
+    if offload and (sharded or not halved):
+        why = "layers that FSDP2 shards" if sharded else type(layers[0]).__name__
         raise ValueError(f"offload is not there for {why}: leave it out")
     options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"} if max_autotune else None
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options)
@@ -114,10 +117,10 @@ def compile_model(
         compiled.parts["layers"] = "compiled"
         if not sharded:
             regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
-            store = HostStore() if offload else None
             if offload:
+                compiled.store = HostStore()
                 compiled.parts["layer inputs"] = "in host memory"
-            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, halved, store)))
+            stack.enter_context(_called_as(layers, functools.partial(_call_layer, regions, halved, compiled.store)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = _compile_loss(stack, base, decoder, compiled, compile)
         if compiled.cuda_graphs:
@@ -266,16 +269,29 @@ def _compile_loss(
     stack.enter_context(_called_as([norm], call_norm))
     forward = base.forward
 
-    def loss_of(ids: Tensor, labels: Tensor, items: Tensor | int, **kwargs: Any) -> Tensor:
+    def loss_of(ids: Tensor, labels: Tensor, items: Tensor | int, documents: int = 0, **kwargs: Any) -> Tensor:
         nonlocal deferred
         deferred = True
         try:
-            with contextlib.nullcontext() if kwargs else _not_packed():
+            with contextlib.ExitStack() as masks:
+                if documents or not kwargs:
+                    masks.enter_context(_not_packed())
+                if documents:
+                    masks.enter_context(packed_as(kwargs["position_ids"], documents))
                 hidden = decoder(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         finally:
             deferred = False
+        if compiled.store is not None:
+            compiled.store.settle()
         with _gathered(head, hidden.device):
             return _summed_in_chunks(region_of, head, hidden, labels, items)
+
+    def recorded_loss(inputs: tuple[Tensor, ...], items: Tensor, documents: int, checkpointed: bool) -> Tensor:
+        ids, labels, *positions = inputs
+        if compiled.store is not None:
+            size = ids.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
+            compiled.store.reserve(len(decoder.layers), size)
+        return loss_of(ids, labels, items, documents, **({"position_ids": positions[0]} if documents else {}))
 
     graphs: StepGraphs | None = None
 
@@ -294,18 +310,38 @@ def _compile_loss(
             items = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         elif torch.is_tensor(items):
             items = items.to(input_ids.device)
-        if kwargs or not (compiled.cuda_graphs and base.training and torch.is_grad_enabled() and input_ids.is_cuda):
+        recorded = compiled.cuda_graphs and base.training and torch.is_grad_enabled() and _on_a_gpu(input_ids)
+        documents = _most_documents(decoder, kwargs) if recorded else None
+        if documents is None:
             return CausalLMOutput(loss=loss_of(input_ids, labels, items, **kwargs))
         if graphs is None:
             few = min(2, decoder.config.num_hidden_layers)  # two, where layers are of two kinds
             graphs = StepGraphs(
-                loss_of, lambda: mock.patch.object(decoder.config, "num_hidden_layers", few),
+                recorded_loss, lambda: mock.patch.object(decoder.config, "num_hidden_layers", few),
                 [parameter for parameter in base.parameters() if parameter.requires_grad],
             )  # fmt: skip
-        return CausalLMOutput(loss=graphs(input_ids, labels, items, decoder.layers[0].gradient_checkpointing))
+        inputs = input_ids, labels, *kwargs.values()
+        return CausalLMOutput(loss=graphs(inputs, items, documents, decoder.layers[0].gradient_checkpointing))
 
     stack.enter_context(replaced_forward(base, compiled_forward))  # inactive, it passes on
     return "compiled"
+
+
+def _on_a_gpu(ids: Tensor) -> bool:
+    return ids.is_cuda
+
+
+def _most_documents(decoder: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """How many documents a recording of this batch has room for; 0: no packed rows; None: it cannot be recorded."""
+    if not kwargs:
+        return 0
+    positions = kwargs.get("position_ids")
+    if kwargs.keys() != {"position_ids"} or positions.ndim != 2:
+        return None
+    if packed_backend(decoder.config, positions.device, decoder.dtype) != "flash":
+        return None  # its mask cannot be made without waiting for the GPU
+    documents = len(positions) + int((positions.diff(dim=1) != 1).sum())
+    return max(16, 1 << (documents - 1).bit_length())  # few kinds of recording
 
 
 def _summed_in_chunks(region: Callable, head: nn.Linear, hidden: Tensor, labels: Tensor, items: Tensor | int) -> Tensor:

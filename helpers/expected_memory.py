@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import checkpoints
 from .attention import device_capability
 from .compiling import PAD_TO, _chunk_rows
-from .layer_checkpoint import can_be_halved, parts
+from .layer_checkpoint import FEW_PARTS, PARTS, can_be_halved, parts
 from .linear_loss import COMPILE_LOGITS
 from .linear_plan import FROZEN_LOGITS, LEAST_ROWS
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 STATE_BYTES = {"8bit": 2, "lion": 4, "sgd": 0, "adafactor": 0}  # of the optimizer, a trained number; Adam's two: 8
 EAGER_LOSS, FUSED_LOSS = 12.0, 2.1  # bytes a logit at the peak: three float32 copies; one in half precision, in place
+CUBLAS_BYTES = {False: 2 * 8 * 1024**2, True: 2 * 32 * 1024**2}  # of forward's thread and of backward's; on Hopper
 TRL_TOKENS, TRL_WORDS = 4096, 8192  # the tile of TRL's fused head
 SAMPLED_ROWS = 4000  # whose lengths are looked at
 
@@ -166,7 +167,8 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     gradients = 4 * s.adapters if args.accumulation > 1 else 0  # else they come as the activations go
     weights = (s.quantised // 2, s.quantised // 64 + s.quantised // 4096, s.plain_bytes)
     trained = (4 * s.adapters, gradients, state * s.adapters)
-    work, loss = width * s.largest, _loss_bytes(s, args, tokens, width)  # the weight, decoded
+    workspaces = CUBLAS_BYTES[capability() >= (9, 0)]
+    work, loss = workspaces + width * s.largest, workspaces + _loss_bytes(s, args, tokens, width)  # a weight, decoded
     if ranks > 1:  # whole at a time: two layers, or the head
         work, loss = work + 2 * sum(weights[:2]) // s.layers, loss + width * s.vocabulary * s.hidden
         weights = (0, 0, 0) if "offload" in args.fsdp2_options else tuple(x // ranks for x in weights)
@@ -182,7 +184,8 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     if args.checkpointing and args.compile and s.halved:
         saved = (2 if args.offload else s.layers) * width * s.hidden * tokens  # two are on their way
         work += tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # of attention, and what joins the halves
-        feed_forward = 11 * width * s.feed_forward * max(parts(tokens))
+        wanted = FEW_PARTS if args.fsdp2 else PARTS
+        feed_forward = 11 * width * s.feed_forward * max(parts(tokens, wanted))
         feed_forward += 2 * width * s.largest * (args.nf4 != "bitsandbytes")  # its three weights are decoded once
     elif args.checkpointing:
         saved, work = s.layers * width * s.hidden * tokens, work + layer + casts // s.layers

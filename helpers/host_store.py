@@ -1,6 +1,7 @@
 """Tensors that wait in host memory between forward and backward, while the GPU computes.
 
-What is put last is needed first, so each fetch starts the next one. Copies run on a stream of their own. On a device
+What is put last is needed first, so each fetch starts the next one. Copies run on a stream of their own, to and from
+pinned memory that is used again. Nothing here asks the GPU anything, so that a CUDA graph can record it. On a device
 without such streams (the CPU) a tensor waits where it is.
 """
 
@@ -30,23 +31,40 @@ class HostStore:
 
     def __init__(self):
         self.order: list[weakref.ref[Kept]] = []
+        self.free: list[Tensor] = []  # pinned, bytes; never given back, since recordings write there
+        self.leaving: list[tuple[Tensor, torch.cuda.Event]] = []  # until they are copied
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
         """Of all copies, there and back."""
         return torch.cuda.Stream()
 
+    def reserve(self, count: int, size: int) -> None:
+        """Have pinned memory for ``count`` tensors of ``size`` bytes: a recording may not ask for more."""
+        missing = count - sum(len(buffer) >= size for buffer in self.free)
+        self.free += [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(missing)]
+
     def put(self, x: Tensor) -> Kept:
-        """Begin to copy ``x`` into pinned host memory; its own memory is free once that is done."""
+        """Begin to copy ``x`` into pinned host memory; its own memory is free when the one after next is put."""
         x = x.detach()
         kept = Kept(x, x.device)
         if x.is_cuda:
+            while len(self.leaving) > 1:
+                self._left()
+            buffer = self._buffer(x.nbytes)
+            kept.waiting = buffer[: x.nbytes].view(x.dtype).view(x.shape)
+            weakref.finalize(kept, self.free.append, buffer)  # the next copy to it is on the same stream, after
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                kept.waiting = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
-            x.record_stream(self.stream)
+                kept.waiting.copy_(x, non_blocking=True)
+                self.leaving.append((x, self.stream.record_event()))
         self.order.append(weakref.ref(kept))
         return kept
+
+    def settle(self) -> None:
+        """Let the current stream wait for the copies of all that was put."""
+        while self.leaving:
+            self._left()
 
     def get(self, kept: Kept) -> Tensor:
         """What was put, on its device; the one put before it is now on its way."""
@@ -57,7 +75,6 @@ class HostStore:
             self._fetch(self.order[-1]())
         if kept.arrived is not None:
             torch.cuda.current_stream().wait_event(kept.arrived)
-            kept.fetched.record_stream(torch.cuda.current_stream())
         return kept.fetched
 
     def _fetch(self, kept: Kept) -> None:
@@ -66,6 +83,17 @@ class HostStore:
         if kept.device.type != "cuda":
             kept.fetched = kept.waiting
             return
+        kept.fetched = torch.empty(kept.waiting.shape, dtype=kept.waiting.dtype, device=kept.device)
+        self.stream.wait_stream(torch.cuda.current_stream())  # whose memory that was
         with torch.cuda.stream(self.stream):
-            kept.fetched = kept.waiting.to(kept.device, non_blocking=True)
+            kept.fetched.copy_(kept.waiting, non_blocking=True)
             kept.arrived = self.stream.record_event()
+
+    def _buffer(self, size: int) -> Tensor:
+        found = next((i for i, buffer in enumerate(self.free) if len(buffer) >= size), None)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True) if found is None else self.free.pop(found)
+
+    def _left(self) -> None:
+        """Give the oldest tensor's memory back to the current stream, once that may write to it again."""
+        _, copied = self.leaving.pop(0)
+        torch.cuda.current_stream().wait_event(copied)

@@ -23,6 +23,7 @@ KNOWN = {
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
 }  # fmt: skip
 LEAST_TOKENS, MOST_TOKENS = 512, 2048  # of a part: fewer keep a GPU less busy, more are more memory
+PARTS, FEW_PARTS = 4, 2  # each costs about 1.5 ms of Python a layer on an H100's host; few, where that is what is short
 
 
 def attention_half(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -56,16 +57,16 @@ def can_be_halved(layer: nn.Module) -> bool:
     return bool(kind & KNOWN) and not dropout and not getattr(layer.self_attn, "attention_dropout", 0)
 
 
-def parts(tokens: int) -> list[int]:
-    """Tokens of each part: nearly equal, a quarter of them all within `LEAST_TOKENS` and `MOST_TOKENS`."""
-    wanted = min(max(-(-tokens // 4), LEAST_TOKENS), MOST_TOKENS)
-    count = max(1, -(-tokens // wanted))
+def parts(tokens: int, wanted: int = PARTS) -> list[int]:
+    """Tokens of each part: nearly equal, ``wanted`` of them where that is within `LEAST_TOKENS` and `MOST_TOKENS`."""
+    size = min(max(-(-tokens // wanted), LEAST_TOKENS), MOST_TOKENS)
+    count = max(1, -(-tokens // size))
     return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
 
 
 def checkpointed(
     layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], *, whole: Callable, first: Callable, second: Callable,
-    store: HostStore | None = None,
+    store: HostStore | None = None, wanted: int = PARTS,
 ) -> Tensor:  # fmt: skip
     """``whole(hidden)``, keeping ``hidden`` alone for the backward pass.
 
@@ -73,8 +74,9 @@ def checkpointed(
         hidden: [batch, length, width]. kwargs: of the layer; nothing in them is trained.
         whole: the layer. first, second: `attention_half` and `feed_forward_half`, which make it up; or compiled.
         store: where ``hidden`` waits for the backward pass; None: where it is.
+        wanted: parts of the tokens (`parts`).
     """
-    return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second, store)
+    return _Checkpointed.apply(hidden, layer, kwargs, whole, first, second, store, wanted)
 
 
 @contextlib.contextmanager
@@ -96,10 +98,10 @@ def decoded_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, layer: nn.Module, kwargs: dict, whole, first, second, store) -> Tensor:
+    def forward(ctx, hidden: Tensor, layer: nn.Module, kwargs: dict, whole, first, second, store, wanted) -> Tensor:
         ctx.save_for_backward(*([hidden] if store is None else []))
         ctx.store, ctx.kept = store, store and store.put(hidden)
-        ctx.again = layer, kwargs, first, second
+        ctx.again = layer, kwargs, first, second, wanted
         kind = hidden.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         return whole(hidden)
@@ -107,18 +109,18 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        layer, kwargs, first, second = ctx.again
+        layer, kwargs, first, second, wanted = ctx.again
         hidden = ctx.saved_tensors[0] if ctx.store is None else ctx.store.get(ctx.kept)
         hidden, ctx.kept = hidden.detach().requires_grad_(), None
         width = hidden.shape[-1]
         with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):
             middle = first(layer, hidden, kwargs)
             flat, upstream = middle.detach().reshape(-1, width), grad.reshape(-1, width)
-            found, sizes = torch.empty_like(flat), parts(len(flat))
+            found, sizes = torch.empty_like(flat), parts(len(flat), wanted)
             with decoded_once(layer.mlp, hidden.dtype):
                 for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
                     rows = rows.clone().requires_grad_()  # no views: torch.compile would guard what they are views of
                     second(layer, rows, given.clone()).backward()
                     into.copy_(rows.grad)
             torch.autograd.backward(middle, found.view_as(middle))
-        return hidden.grad, None, None, None, None, None, None
+        return hidden.grad, *[None] * 7

@@ -27,8 +27,28 @@ def measure_peak(function: Callable[[], T]) -> tuple[T, int]:
     return result, torch.cuda.max_memory_allocated() - start
 
 
+_replayed = 0  # bytes at the worst moment of a CUDA graph's replay
+
+
+def note_replay(recorded: int) -> None:
+    """Count a replay: what is allocated, and the ``recorded`` bytes of the graph's memory, which is held, in use now,
+    and allocated to nobody in PyTorch's books."""
+    global _replayed
+    _replayed = max(_replayed, torch.cuda.memory_allocated() + recorded)
+
+
+def reset_peak() -> None:
+    """Begin to count peaks anew."""
+    global _replayed
+    _replayed = 0
+    torch.cuda.reset_peak_memory_stats()
+
+
 def peak_gib() -> tuple[float, float]:
-    """Peak of allocated and of reserved GiB on this process's GPU since the last reset; zeros without a GPU."""
+    """Peak of allocated and of reserved GiB on this process's GPU since the last reset; zeros without a GPU.
+
+    Allocated counts the memory of CUDA graphs that were replayed as in use, all of it.
+    """
     if not torch.cuda.is_available():
         return 0.0, 0.0
-    return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    return max(torch.cuda.max_memory_allocated(), _replayed) / GIB, torch.cuda.max_memory_reserved() / GIB

@@ -115,13 +115,25 @@ def _headline() -> str:
     if not (rows := bench_rows()):
         return ""
     lines = [f"![Seconds and GiB of a training step](figures/{Path(BENCH).stem}.png)", "",
-             "| training step, random weights | " + " | ".join(CONTENDERS.values()) + " |",
-             "|---|" + "---|" * len(CONTENDERS)]  # fmt: skip
+             "| training step, random weights | " + " | ".join(CONTENDERS.values()) + " | beside Unsloth |",
+             "|---|" + "---|" * (len(CONTENDERS) + 1)]  # fmt: skip
     for case, by in _by_case(rows).items():
         cells = [f"{float(by[name]['step_s']):.3f} s, {float(by[name]['allocated_gib']):.2f} GiB" if name in by else ""
                  for name in CONTENDERS]  # fmt: skip
-        lines.append(_row(case, *cells))
+        lines.append(_row(case, *cells, _beside_unsloth(by)))
     return "\n".join([*lines, "", f"On {_machine(rows)}; medians of one run (`python3 -m helpers.bench_trainer`)."])
+
+
+def _beside_unsloth(by: dict[str, dict[str, str]]) -> str:
+    """How much faster the fastest of ours is than Unsloth, and what it takes of its memory."""
+    possible = [by[name] for name in ("ours", "graphs") if name in by]
+    if not possible or "unsloth" not in by:
+        return ""
+    ours = min(possible, key=lambda row: float(row["step_s"]))
+    faster, less = (float(a[what]) / float(b[what]) for a, b, what in (
+        (by["unsloth"], ours, "step_s"), (ours, by["unsloth"], "allocated_gib")
+    ))  # fmt: skip
+    return f"{faster:.2f}x as fast, {less:.2f} of its memory"
 
 
 def _context() -> str:

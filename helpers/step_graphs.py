@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.cudagraph_trees import clear_cublas_manager
+
+from .memory import note_replay
 
 
 @dataclass
 class _Step:
-    """One recorded length: what it reads (ids, labels, items, upstream), what it writes, and its two graphs."""
+    """One recorded length: what it reads (inputs, items, upstream), what it writes, and its two graphs."""
 
-    ids: Tensor
-    labels: Tensor
+    inputs: tuple[Tensor, ...]
     items: Tensor
     upstream: Tensor
     loss: Tensor
@@ -30,20 +32,20 @@ class _Step:
 
 
 class StepGraphs:
-    """``graphs(ids, labels, items)`` is ``loss(ids, labels, items)``, replayed; its backward pass adds to ``grad``.
+    """``graphs(inputs, items)`` is ``loss(inputs, items)``, replayed; its backward pass adds to ``grad``.
 
     All recordings share one memory pool, so they need no more than the longest alone. A replayed loss must be
     differentiated before the next is made. Gradients are in buffers of ours, which ``grad`` is set to.
 
     Args:
-        loss: (ids [rows, length], labels [rows, length], items []) -> float32 []; may not wait for the GPU.
+        loss: (inputs: tensors, items [], *mode) -> float32 []; may not wait for the GPU.
         warm_up: context in which ``loss`` is a small part of itself that launches each kind of kernel once.
         parameters: everything that is trained.
     """
 
     def __init__(
         self,
-        loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+        loss: Callable[..., Tensor],
         warm_up: Callable[[], contextlib.AbstractContextManager],
         parameters: Sequence[nn.Parameter],
     ):
@@ -53,16 +55,17 @@ class StepGraphs:
         # What autograd believes the loss depends on.
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self.pending: object = None
+        self.recorded_bytes = 0  # of the memory that the recordings share
 
-    def __call__(self, ids: Tensor, labels: Tensor, items: Tensor | int, *mode: Any) -> Tensor:
-        """``mode``: whatever else a recording depends on."""
-        key = (ids.shape, *mode, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+    def __call__(self, inputs: tuple[Tensor, ...], items: Tensor | int, *mode: Any) -> Tensor:
+        """``mode``: whatever else a recording depends on, for ``loss`` too."""
+        key = (*[x.shape for x in inputs], *mode, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         key += tuple(parameter.data_ptr() for parameter in self.parameters)
         step = self.steps.get(key)
         if step is None:
-            step = self.steps[key] = self._recorded(ids, labels)
-        step.ids.copy_(ids)
-        step.labels.copy_(labels)
+            step = self.steps[key] = self._recorded(inputs, mode)
+        for held, given in zip(step.inputs, inputs, strict=True):
+            held.copy_(given)
         step.items.copy_(items) if isinstance(items, Tensor) else step.items.fill_(items)
         return _Replay.apply(self.anchor, self, step)
 
@@ -76,26 +79,30 @@ class StepGraphs:
         """The memory that all recordings share."""
         return torch.cuda.graph_pool_handle()
 
-    def _recorded(self, ids: Tensor, labels: Tensor) -> _Step:
-        ids, labels = ids.clone(), labels.clone()
-        items, upstream = torch.ones((), device=ids.device), torch.ones((), device=ids.device)
+    def _recorded(self, inputs: tuple[Tensor, ...], mode: tuple) -> _Step:
+        inputs = tuple(x.clone() for x in inputs)
+        items, upstream = (torch.ones((), device=inputs[0].device) for _ in range(2))
         held = [parameter.grad for parameter in self.parameters]
         self._hold([None] * len(held))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), self.warm_up():  # compiles, loads kernels, lets cuBLAS choose
             for _ in range(2):
-                self.loss(ids, labels, items).backward()
+                self.loss(inputs, items, *mode).backward()
         torch.cuda.current_stream().wait_stream(self.stream)
         # thread_local: another thread, which pins memory say, may go on as it likes.
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._hold(self.buffers)  # into which autograd adds in place
-        with torch.cuda.graph(forward, **how):
-            loss = self.loss(ids, labels, items)
-        with torch.cuda.graph(backward, **how):
-            loss.backward(upstream)
+        # cuBLAS' workspaces, 32 MiB each on Hopper, are then the recording's own, not beside those of other streams.
+        with clear_cublas_manager():
+            with torch.cuda.graph(forward, **how):
+                loss = self.loss(inputs, items, *mode)
+            with torch.cuda.graph(backward, **how):
+                loss.backward(upstream)
         self._hold(held)
-        return _Step(ids, labels, items, upstream, loss.detach(), forward, backward)
+        pools = [(tuple(s["segment_pool_id"]), s["total_size"]) for s in torch.cuda.memory_snapshot()]
+        self.recorded_bytes = sum(size for pool, size in pools if pool == self.pool)
+        return _Step(inputs, items, upstream, loss.detach(), forward, backward)
 
     def _hold(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -131,5 +138,6 @@ class _Replay(torch.autograd.Function):
         graphs.pending = None
         step.upstream.copy_(upstream)
         graphs.own_gradients()
+        note_replay(graphs.recorded_bytes)
         step.backward.replay()
         return None, None, None

@@ -35,9 +35,9 @@ from . import attention, attention_transformers, checkpoints, fsdp2, host, plan,
 from .chunked_head import chunked_loss
 from .expected_memory import expected, row_lengths
 from .instruction_data import load_instructions
-from .memory import GIB, peak_gib
+from .memory import GIB, peak_gib, reset_peak
 from .nf4_tensor import NF4Linear
-from .train_arguments import DTYPES, TrainArguments, advice, decided, sft_config
+from .train_arguments import DTYPES, TrainArguments, advice, decided, quickest, sft_config
 
 COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
 # PyTorch's own, 65536, overflows in the first steps, and a skipped step parts two runs that differ by a rounding.
@@ -252,7 +252,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
             fsdp2.shard_trainer(trainer, sharding)
         _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak()
         trainer.train(resume_from_checkpoint=resume_from)
         allocated, reserved = peak_gib()
         trainer.save_whole_model()
@@ -399,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     args = TrainArguments(**vars(parser.parse_args(argv)))
     try:
         with t4.rehearsal_if_asked(args.rehearse_t4):
+            args = quickest(args)
             if args.plan:
                 print(plan.describe(args, decided(args)))
                 return 0

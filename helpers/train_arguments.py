@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
-from . import attention_transformers, checkpoints, fsdp2
+from . import attention, attention_transformers, checkpoints, fsdp2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
+WORTH_COMPILING = 30  # steps: from there on they save more time than compiling takes, at 1 B parameters on an H100
 PROMPT = "In Python's standard library, what does `textwrap.wrap` do?"
 
 
@@ -22,7 +23,11 @@ def _flag(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass
 class TrainArguments:
-    """Everything a run can be told. ``None`` and ``auto`` are decided by the device, and the run says how."""
+    """Everything a run can be told. ``None`` and ``auto`` are decided by the device, and the run says how.
+
+    ``compile`` and ``cuda_graphs``, whose losses are eager's up to rounding, are decided on the command line alone
+    (`quickest`); elsewhere ``None`` is no.
+    """
 
     model: str = _flag("auto", "auto, embedded, shape:llama-3.2-1b, shape:llama-3.1-8b, a Hub id or a folder")
     dataset: str = _flag("auto", "auto, python-docs, oig, random:LOW-HIGH, a .jsonl file or a Hub id")
@@ -38,8 +43,8 @@ class TrainArguments:
     loss: str = _flag("auto", "chunked (helpers/linear_loss.py), trl (its fused head, GPU only), full (all logits)")
     attention: str = _flag("auto", "auto, sdpa, flex, varlen, xformers, eager (helpers/attention.py), or stock")
     packing: bool = _flag(False, "join rows into rows of max_length tokens; each attends to itself alone")
-    compile: bool = _flag(False, "torch.compile the decoder layers, norm and loss (helpers/compiling.py)")
-    cuda_graphs: bool = _flag(False, "with --compile: record a step of each length, then replay it in two launches")
+    compile: bool | None = _flag(None, "torch.compile the decoder layers, norm and loss (helpers/compiling.py)")
+    cuda_graphs: bool | None = _flag(None, "with --compile: record a step of each length, replay it in two launches")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
     offload: bool = _flag(False, "with --compile and --checkpointing: layers' inputs wait in host memory")
     optimizer: str = _flag("auto", "a name of TrainingArguments.optim, as adamw_8bit; auto: AdamW, fused on a GPU")
@@ -54,6 +59,22 @@ class TrainArguments:
     plan: bool = _flag(False, "print what would run and why, and the memory expected; load and train nothing")
 
 
+def quickest(args: TrainArguments) -> TrainArguments:
+    """``args``, compiled and replayed on a GPU wherever nothing else in them speaks against it."""
+    compile, cuda_graphs = args.compile, args.cuda_graphs
+    if compile is None:
+        asked = args.cuda_graphs or args.offload or args.steps is None or args.steps >= WORTH_COMPILING
+        compile = bool(torch.cuda.is_available() and asked and args.loss != "full" and args.attention != "stock")
+    if cuda_graphs is None:
+        dtype = checkpoints.default_dtype() if args.dtype == "auto" else DTYPES.get(args.dtype, torch.float32)
+        cuda_graphs = (
+            compile and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+            and not args.fsdp2
+            and not (args.packing and _no_packed_graphs(args.attention, dtype))
+        )  # fmt: skip
+    return replace(args, compile=compile, cuda_graphs=cuda_graphs)
+
+
 def decided(args: TrainArguments) -> TrainArguments:
     """``args`` with what the device decides filled in.
 
@@ -61,7 +82,7 @@ def decided(args: TrainArguments) -> TrainArguments:
         ValueError: what cannot be honoured.
     """
     gpu = torch.cuda.is_available()
-    values = dict(vars(args))
+    values = dict(vars(args)) | {name: bool(getattr(args, name)) for name in ("compile", "cuda_graphs")}
     for name, on_gpu, on_cpu in (
         ("steps", 60, 6), ("batch_size", 2, 1), ("accumulation", 4, 1), ("max_length", 2048, 256)
     ):  # fmt: skip
@@ -87,11 +108,12 @@ def decided(args: TrainArguments) -> TrainArguments:
     if args.fsdp2 and args.loss == "trl":
         raise ValueError("--loss trl reads the head past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
-    against = {"a GPU": gpu, "--compile": args.compile, "no --packing": not args.packing, "no --fsdp2": not args.fsdp2}
+    against = {"a GPU": gpu, "--compile": args.compile, "no --fsdp2": not args.fsdp2}
     if args.cuda_graphs and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
+    if args.cuda_graphs and args.packing and (why := _no_packed_graphs(args.attention, DTYPES[values["dtype"]])):
+        raise ValueError(f"--cuda_graphs with --packing needs --attention varlen: {why}")
     against = {"--compile": args.compile, "--checkpointing": args.checkpointing, "no --fsdp2": not args.fsdp2}
-    against["no --cuda_graphs"] = not args.cuda_graphs
     if args.offload and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--offload needs {', '.join(missing)}" + " (there --fsdp2_options offload)" * args.fsdp2)
     if values["compile"] and values["loss"] == "full":
@@ -101,6 +123,14 @@ def decided(args: TrainArguments) -> TrainArguments:
         values["nf4"] = "bitsandbytes"  # the interpreter is right, and slow
     values["nf4"] = _choice("nf4", values["nf4"], {"triton": gpu or interpreted, "bitsandbytes": True})
     return TrainArguments(**values)
+
+
+def _no_packed_graphs(name: str, dtype: torch.dtype) -> str | None:
+    """Why steps of packed rows cannot be recorded with this --attention, or None."""
+    if name not in ("auto", "varlen"):
+        return f"--attention is {name}"
+    case = {"device": "cuda", "capability": torch.cuda.get_device_capability(), "dtype": dtype, "head_dim": 64}
+    return attention.unsupported("flash", attention.Case(**case, segments=True, gradient=True))
 
 
 def _choice(flag: str, value: str, possible: dict[str, bool]) -> str:
@@ -156,7 +186,7 @@ def advice(args: TrainArguments) -> str:
         "--checkpointing True": not args.checkpointing,
         "--loss chunked": args.loss == "full",
         f"--batch_size 1 --accumulation {args.accumulation * args.batch_size}": args.batch_size > 1,
-        "--offload True": args.compile and args.checkpointing and not (args.offload or args.fsdp2 or args.cuda_graphs),
+        "--offload True": args.compile and args.checkpointing and not (args.offload or args.fsdp2),
         f"--max_length {args.max_length // 2}": True,
         "--compile": not args.compile and args.loss != "full",
         "--optimizer adamw_8bit": "8bit" not in args.optimizer,

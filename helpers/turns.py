@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .memory import GIB
+from .memory import GIB, peak_gib
 from .ranks import Job
 
 # In a contender's processes
@@ -56,10 +56,10 @@ def turn(folder: Path, limit_s: float, warm_up: int):
             self.began = time.perf_counter()
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
+            allocated, reserved = peak_gib()
             found = {
                 "seconds": self.seconds, "losses": [row["loss"] for row in state.log_history if "loss" in row],
-                "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-                "reserved_gib": torch.cuda.max_memory_reserved() / GIB, "memory": timeline.rows,
+                "allocated_gib": allocated, "reserved_gib": reserved, "memory": timeline.rows,
                 "trainable_dtype": str(next(p.dtype for p in model.parameters() if p.requires_grad))[6:],
             }  # fmt: skip
             scratch = folder / f"scratch {rank}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
@@ -48,3 +49,45 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_report_header() -> str:
     return "GPU: " + ("yes" if _gpu() else "none; gpu tests are deselected, kernels run in Triton's interpreter")
+
+
+@pytest.fixture
+def varlen_on_the_cpu(monkeypatch):
+    """PyTorch's operator, which only CUDA has, by its definition; and the table's word that it runs here."""
+    import torch
+
+    from helpers import attention
+
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(attention, "unsupported", lambda backend, case: None)
+
+    def weights(q, k, cu_q, cu_k, scale, causal, window):
+        part = lambda cu, x: torch.bucketize(torch.arange(len(x)), cu[1:].long(), right=True)  # noqa: E731
+        apart = torch.arange(len(q))[:, None] - torch.arange(len(k))
+        seen = (part(cu_q, q)[:, None] == part(cu_k, k)) & ((apart <= window[0]) | (window[0] < 0))
+        seen &= (apart >= 0) | (not causal and window[1] != 0)
+        return (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+
+    def given(operator, arguments):
+        bound = inspect.signature(operator._init_fn).bind(*arguments)
+        bound.apply_defaults()
+        given = bound.arguments
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        groups, scale = q.shape[1] // k.shape[1], given["scale"] or q.shape[-1] ** -0.5
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        mask = given["cu_seq_q"], given["cu_seq_k"], scale, given["is_causal"], given["window_size"]
+        return given.get("grad_out"), q, k, v, weights(q, k, *mask), groups, scale
+
+    @varlen._varlen_attn.register_kernel("cpu")
+    def _(*arguments):
+        _, q, _, v, p, _, _ = given(varlen._varlen_attn, arguments)
+        return torch.einsum("hqk,khd->qhd", p, v), q.new_zeros(q.shape[1], len(q)), torch.zeros(2).to(torch.uint64)
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def _(*arguments):
+        grad, q, k, v, p, groups, scale = given(varlen._varlen_attn_backward, arguments)
+        upstream = torch.einsum("qhd,khd->hqk", grad, v)
+        scores = scale * p * (upstream - (upstream * p).sum(-1, keepdim=True))
+        dk, dv = torch.einsum("hqk,qhd->khd", scores, q), torch.einsum("hqk,qhd->khd", p, grad)
+        dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
+        return torch.einsum("hqk,khd->qhd", scores, k), dk, dv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -10,8 +11,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from helpers import attention as module
 from helpers.attention import BACKENDS, Case, attention, choose, explain, flex_call, unsupported
-from helpers.attention_mask import AttentionMask, document_ids
-from helpers.attention_transformers import REGISTERED, register
+from helpers.attention_mask import AttentionMask, document_ids, packed_mask
+from helpers.attention_transformers import REGISTERED, packed_as, register
 from helpers.compile_counter import CompileCounter
 
 register()
@@ -154,7 +155,8 @@ H100 = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "head_d
 )  # fmt: skip
 def test_the_table_says_why_not(backend, case, reason):
     case = Case(**case)
-    if backend == "flash" and case.capability >= (8, 0) and not (module._flash() or module._varlen()):
+    importable = module._importable(module.FLASH) or module._importable(module.VARLEN)
+    if backend == "flash" and case.capability >= (8, 0) and not importable:
         reason = "can be imported"  # PyTorch has its own from 2.10 on
     assert reason in unsupported(backend, case)
     with pytest.raises(ValueError, match=backend):
@@ -275,9 +277,31 @@ def test_generation_with_a_cache_gives_transformers_own_tokens(family, name):
     torch.testing.assert_close(found[name], found["eager"], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qlora_auto", "qlora_sdpa", "qlora_eager"])
-def test_packed_rows_train_as_rows_apart(name):
+def test_varlen_is_traced_in_one_graph_and_right_with_documents_that_are_not_there(varlen_on_the_cpu):
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 3, 4, 2, 3)]).view(2, 9)
+    q, k, v = (torch.randn(2, heads, 9, 16, requires_grad=True) for heads in (4, 2, 2))
+
+    def rows(mask):
+        return attention(q, k, v, mask, backend="flash")
+
+    def recorded(positions):
+        return rows(packed_mask(positions, 16))
+
+    expected = rows(AttentionMask(documents=(positions == 0).cumsum(1)))
+    found = torch.compile(recorded, fullgraph=True, dynamic=True, backend="aot_eager")(positions)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert packed_mask(positions, 16).cu_seqlens(2, 9, 9, "cpu")[0].tolist() == [0, 5, 6, 9, 13, 15, *[18] * 11]
+
+
+@pytest.mark.parametrize("name", ["qlora_auto", "qlora_sdpa", "qlora_eager", "qlora_varlen", "recorded"])
+def test_packed_rows_train_as_rows_apart(name, request):
     model = tiny("mistral")
+    recorded = name == "recorded"
+    if name in ("qlora_varlen", "recorded"):
+        request.getfixturevalue("varlen_on_the_cpu")
+        name = "qlora_varlen"
     model.set_attn_implementation(name)
     rows = [torch.randint(3, 61, (n,)) for n in (9, 1, 14)]
     apart = 0.0
@@ -288,7 +312,8 @@ def test_packed_rows_train_as_rows_apart(name):
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    logits = model(torch.cat(rows)[None], position_ids=positions, use_cache=False).logits[0]
+    with packed_as(positions, 16) if recorded else contextlib.nullcontext():
+        logits = model(torch.cat(rows)[None], position_ids=positions, use_cache=False).logits[0]
     together = sum(
         torch.nn.functional.cross_entropy(part[:-1], row[1:], reduction="sum")
         for part, row in zip(logits.split([len(row) for row in rows]), rows, strict=True)

@@ -206,6 +206,17 @@ def test_families_keep_their_losses(family):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def packed_batches(steps):
+    draw = random.Random(3407)
+    for _ in range(steps):
+        lengths = [draw.randint(1, 90) for _ in range(draw.randint(1, 4))]
+        total = sum(lengths)
+        ids = torch.randint(3, 256, (1, total))
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        labels = ids.masked_fill(positions == 0, -100)
+        yield [{"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}]
+
+
 @pytest.mark.parametrize("pad_to", [1, 64])
 def test_packed_rows_through_flex_at_any_length(monkeypatch, pad_to):
     from torch.nn.attention import flex_attention
@@ -213,18 +224,7 @@ def test_packed_rows_through_flex_at_any_length(monkeypatch, pad_to):
     # PyTorch refuses a backward pass on the CPU; traced and run as written it has one, and its graphs are the GPU's.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     model = family_model("llama")
-    draw = random.Random(3407)
-
-    def packed(steps):
-        for _ in range(steps):
-            lengths = [draw.randint(1, 90) for _ in range(draw.randint(1, 4))]
-            total = sum(lengths)
-            ids = torch.randint(3, 256, (1, total))
-            positions = torch.cat([torch.arange(n) for n in lengths])[None]
-            labels = ids.masked_fill(positions == 0, -100)
-            yield [{"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}]
-
-    micro = list(packed(6))
+    micro = list(packed_batches(6))
     weights = trainable(model)
     model.set_attn_implementation("sdpa")
     expected = train(model, micro, evaluate=False)
@@ -359,12 +359,13 @@ def test_small_gpus_may_autotune_and_only_within():
 class OnTheCPU(StepGraphs):
     """What a recording does, done again at each replay."""
 
-    def _recorded(self, ids, labels):
-        step = _Step(ids.clone(), labels.clone(), torch.ones(()), torch.ones(()), torch.zeros(()), None, None)
+    def _recorded(self, inputs, mode):
+        inputs = tuple(x.clone() for x in inputs)
+        step = _Step(inputs, torch.ones(()), torch.ones(()), torch.zeros(()), None, None)
 
         def forward():
             with torch.enable_grad():
-                step.made = self.loss(step.ids, step.labels, step.items)
+                step.made = self.loss(step.inputs, step.items, *mode)
             step.loss.copy_(step.made.detach())
 
         def backward():
@@ -380,9 +381,11 @@ def test_recording_a_step_leaves_gradients_as_they_were(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, played in {
         "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nothing, "graph": nothing,
-        "CUDAGraph": SimpleNamespace, "graph_pool_handle": lambda: (0, 0),
+        "CUDAGraph": SimpleNamespace, "graph_pool_handle": lambda: (0, 1),
+        "memory_snapshot": lambda: [{"segment_pool_id": (0, i), "total_size": 10 + i} for i in (0, 1, 1)],
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, played)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     weight = nn.Parameter(torch.randn(5, 3))
     weight.grad = before = torch.ones(5, 3)
     warmed = []
@@ -391,39 +394,61 @@ def test_recording_a_step_leaves_gradients_as_they_were(monkeypatch):
     def warm_up():
         yield warmed.append(weight.grad)
 
-    graphs = StepGraphs(lambda ids, labels, items: (weight[ids].sum(-1) * labels).sum() / items, warm_up, [weight])
+    graphs = StepGraphs(lambda inputs, items: (weight[inputs[0]].sum(-1) * inputs[1]).sum() / items, warm_up, [weight])
     ids, labels = torch.tensor([[0, 1]]), torch.tensor([[2.0, 3.0]])
-    step = graphs._recorded(ids, labels)
+    step = graphs._recorded((ids, labels), ())
     assert warmed == [None] and weight.grad is before and torch.equal(before, torch.ones(5, 3))
+    assert graphs.recorded_bytes == 22, "of its own pool alone"
     # A real recording runs nothing; this one ran backward once, into the buffer.
     torch.testing.assert_close(graphs.buffers[0][:2], torch.tensor([[2.0], [3.0]]).expand(2, 3))
-    assert torch.equal(step.ids, ids) and step.ids is not ids and not step.loss.requires_grad
+    assert torch.equal(step.inputs[0], ids) and step.inputs[0] is not ids and not step.loss.requires_grad
 
 
 def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time():
     weight = nn.Parameter(torch.randn(5, 3))
 
-    def loss(ids, labels, items):
-        return (weight[ids] * labels[..., None]).square().sum() / items
+    def loss(inputs, items):
+        return (weight[inputs[0]] * inputs[1][..., None]).square().sum() / items
 
     graphs = OnTheCPU(loss, contextlib.nullcontext, [weight])
     batches = [(torch.randint(5, (2, n)), torch.randn(2, n)) for n in (4, 7, 4, 7)]
     for zero in (True, False):  # as optimizers set gradients to None, and as they set them to zero
-        expected = torch.autograd.grad(sum(3 * loss(*batch, items=2) for batch in batches), weight)[0]
+        expected = torch.autograd.grad(sum(3 * loss(batch, items=2) for batch in batches), weight)[0]
         for batch in batches:
-            replayed = graphs(*batch, 2)
-            torch.testing.assert_close(replayed, loss(*batch, items=2))
+            replayed = graphs(batch, 2)
+            torch.testing.assert_close(replayed, loss(batch, items=2))
             (3 * replayed).backward()
         torch.testing.assert_close(weight.grad, expected)
         assert len(graphs.steps) == 2 and weight.grad is graphs.buffers[0]
         weight.grad = None if zero else weight.grad.zero_()
-    loss(*batches[0], items=1).backward()  # one that is not replayed adds to the same
-    graphs(*batches[0], torch.tensor(1)).backward()
-    torch.testing.assert_close(weight.grad, 2 * torch.autograd.grad(loss(*batches[0], items=1), weight)[0])
-    first = graphs(*batches[0], 1)
-    graphs(*batches[1], 1).backward()
+    loss(batches[0], items=1).backward()  # one that is not replayed adds to the same
+    graphs(batches[0], torch.tensor(1)).backward()
+    torch.testing.assert_close(weight.grad, 2 * torch.autograd.grad(loss(batches[0], items=1), weight)[0])
+    first = graphs(batches[0], 1)
+    graphs(batches[1], 1).backward()
     with pytest.raises(RuntimeError, match="without cuda_graphs"):
         first.backward()
+
+
+def test_packed_rows_are_recorded_where_flash_attention_takes_them(varlen_on_the_cpu, monkeypatch):
+    from helpers import compiling
+
+    model = family_model("llama").train()
+    weights, micro = trainable(model), [*packed_batches(6), *batches(2, 40)]
+    model.set_attn_implementation("sdpa")
+    expected = train(model, micro, evaluate=False)
+    restart(model, weights)
+    made = []
+    monkeypatch.setattr(compiling, "_on_a_gpu", lambda ids: True)
+    monkeypatch.setattr(compiling, "StepGraphs", lambda *args: made.append(OnTheCPU(*args)) or made[0])
+    for name, recorded in (("qlora_varlen", {2, 3}), ("qlora_sdpa", {2})):  # ids and labels; positions
+        model.set_attn_implementation(name)
+        with compile_model(model, backend="eager", cuda_graphs=True, pad_to=64):
+            found = train(model, micro, evaluate=False)
+        assert {len(step.inputs) for step in made[0].steps.values()} == recorded
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        restart(model, weights)
+        made.clear()
 
 
 @pytest.mark.gpu
@@ -498,11 +523,11 @@ def test_gpu_max_autotune_recompiles_no_more():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("how", ["", "checkpointed", "offloaded"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, checkpointed):
-    model = qlora_model("cuda", dtype)
-    checkpointing(model, checkpointed)
+def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, how):
+    model = qlora_model("cuda", dtype, layers=5)
+    checkpointing(model, how != "")
     weights = trainable(model)
     found, peaks = [], []
     for cuda_graphs in (False, True):
@@ -510,12 +535,33 @@ def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, che
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
-        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):
+        offload = how == "offloaded"
+        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs, offload=offload):
             found.append(train(model, batches(20, 1024, device="cuda"), autocast=dtype, scaler=scaler))
         peaks.append(torch.cuda.max_memory_reserved())
         assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
     assert peaks[1] < 1.5 * peaks[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gpu_packed_rows_are_replayed(checkpointed, monkeypatch):
+    from helpers import compiling
+
+    model = qlora_model("cuda", torch.bfloat16)
+    checkpointing(model, checkpointed)
+    model.set_attn_implementation("qlora_auto")
+    micro = [[{k: v.cuda() if torch.is_tensor(v) else v for k, v in b.items()} for b in m] for m in packed_batches(12)]
+    weights, made, found = trainable(model), [], []
+    monkeypatch.setattr(compiling, "StepGraphs", lambda *args: made.append(StepGraphs(*args)) or made[0])
+    for cuda_graphs in (False, True):
+        restart(model, weights)
+        with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):
+            found.append(train(model, micro, evaluate=False, autocast=torch.bfloat16))
+        assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
+    assert made and all(len(step.inputs) == 3 for step in made[0].steps.values())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

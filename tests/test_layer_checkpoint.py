@@ -135,10 +135,11 @@ def test_four_bit_weights_of_the_feed_forward_half_are_decoded_once(monkeypatch)
 
 
 @pytest.mark.parametrize("tokens", [1, 511, 512, 513, 2048, 4096, 8191, 100_000])
-def test_parts_are_nearly_equal_and_bounded(tokens):
-    sizes = parts(tokens)
+@pytest.mark.parametrize("wanted", [2, 4])
+def test_parts_are_nearly_equal_and_bounded(tokens, wanted):
+    sizes = parts(tokens, wanted)
     assert sum(sizes) == tokens and max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= max(512, min(-(-tokens // 4), 2048)) and min(sizes) >= min(tokens, 256)
+    assert max(sizes) <= max(512, min(-(-tokens // wanted), 2048)) and min(sizes) >= min(tokens, 256)
 
 
 def test_layers_that_are_not_known_or_draw_random_numbers_stay_whole():
@@ -166,9 +167,8 @@ def test_gpu_memory_is_free_while_a_tensor_waits():
     sums = [t.sum() for t in tensors]
     kept = [store.put(t) for t in tensors]
     del tensors
-    store.stream.synchronize()
-    torch.cuda.synchronize()
-    torch.empty(1, device="cuda")  # lets the allocator look at its events
+    assert torch.cuda.memory_allocated() - before < 3 * size  # the last two may be on their way
+    store.settle()
     assert torch.cuda.memory_allocated() - before < size
     for k, total in reversed(list(zip(kept, sums, strict=True))):
         assert torch.equal(store.get(k).sum(), total)

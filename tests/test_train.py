@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from helpers import checkpoints, fsdp2, merge
 from helpers.train import QLoRATrainer, TrainArguments, main, train
+from helpers.train_arguments import quickest
 
 TINY = {"model": "shape:tiny", "dataset": "random:8-40x64", "max_length": 40, "lora_rank": 4, "learning_rate": 1e-2}
 
@@ -158,13 +159,35 @@ def test_log_line_and_csv(tmp_path, capsys):
         ({"resume": True}, "there is no checkpoint in"),
         ({"model": "shape:none"}, "unknown shape"),
         ({"offload": True, "checkpointing": False}, "--offload needs --compile, --checkpointing"),
-        ({"cuda_graphs": True, "packing": True}, "--cuda_graphs needs .*--compile, no --packing"),
+        ({"cuda_graphs": True}, "--cuda_graphs needs a GPU, --compile"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said):
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "compiled", "replayed"),
+    [
+        ((9, 0), {}, True, True),
+        ((7, 5), {}, True, False),
+        ((9, 0), {"steps": 10}, False, False),
+        ((9, 0), {"steps": 10, "cuda_graphs": True}, True, True),
+        ((9, 0), {"loss": "full"}, False, False),
+        ((9, 0), {"offload": True}, True, True),
+        ((9, 0), {"packing": True, "attention": "flex"}, True, False),
+        ((9, 0), {"compile": False}, False, False),
+        (None, {}, False, False),
+    ],
+)
+def test_the_command_compiles_where_that_is_quickest(monkeypatch, capability, flags, compiled, replayed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(checkpoints, "default_dtype", lambda: torch.bfloat16)
+    found = quickest(TrainArguments(**flags))
+    assert (found.compile, found.cuda_graphs) == (compiled, replayed)
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path):
