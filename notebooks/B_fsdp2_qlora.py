@@ -132,7 +132,7 @@ print(inspect.getsource(NF4Tensor.fsdp_post_all_gather))
 log_dir = results.folder / "B_logs"
 common = [
     "-m", "helpers.train", "--model", model, "--dataset", DATASET, "--steps", str(steps), "--prompt=", "--optimizer", "adamw_torch",
-    "--compile", "False",  # two graphs of one layer, whole and by halves, would round otherwise
+    "--compile", "False",  # each process would compile for the lengths that it meets first, and so round otherwise
     *(["--batch_size", "2", "--max_length", "2048", "--lora_rank", "64"] if GPUS
       else ["--batch_size", "1", "--max_length", "128"]),
     *([] if large else ["--checkpointing", "False"]),
