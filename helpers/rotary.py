@@ -139,7 +139,7 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What transformers' ``apply_rotary_pos_emb(q, k, cos, sin)`` of Llama returns, computed in float32 and rounded once.
+    """What Llama's ``apply_rotary_pos_emb(q, k, cos, sin)`` in transformers returns, in float32 and rounded once.
 
     Args:
         q: [batch, heads, length, size]; k: [batch, key heads, length, size]. float16, bfloat16 or float32, alike; any
@@ -212,8 +212,8 @@ def fused_rotary(model: nn.Module) -> Iterator[list[str]]:
     """Within, layers of ``model`` that torch.compile traces on a GPU rotate by `rotate`; yields the modules it is in.
 
     `apply_rotary_pos_emb` is replaced in the modules of transformers that define the model's classes, where it is
-    Llama's to the letter (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM3, ...). Others keep their own, as does whatever is
-    not traced, and whatever the kernel cannot do: float64, partial rotation, another ``unsqueeze_dim``.
+    Llama's to the letter (Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM3, ...). Others keep their own, as does what is
+    not traced, and what the kernel cannot do: float64, part of a head, another ``unsqueeze_dim``.
     """
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     found = {name: sys.modules[name] for name in sorted({cls.__module__ for cls in classes}) if name in sys.modules}
@@ -225,38 +225,44 @@ def fused_rotary(model: nn.Module) -> Iterator[list[str]]:
         yield replaced
 
 
-def _benchmark(batch: int = 2, q_heads: int = 32, k_heads: int = 8, length: int = 2048, size: int = 128) -> None:
-    """Print the times of both, compiled as layers are: dynamic batch and length."""
+def _benchmark(
+    batch: int = 2, q_heads: int = 32, k_heads: int = 8, length: int = 2048, size: int = 128, rounds: int = 50
+) -> None:
+    """Print GPU times of both, compiled as layers are: for any batch and length, from what the projections make."""
     from .attention import one_graph
+    from .bench_nf4 import gpu_times, training_dtype
 
-    def tensors(heads: int) -> list[Tensor]:
-        return [torch.randn(batch, length, heads * size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    def compiled(function: Callable) -> Callable:
+        def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            heads = [x.view(*x.shape[:2], n, size).transpose(1, 2) for x, n in ((q, q_heads), (k, k_heads))]
+            return function(*heads, cos, sin)
 
-    (q, q_grad), (k, k_grad), (angle, _) = tensors(q_heads), tensors(k_heads), tensors(1)
-    inputs = [q.requires_grad_(), k.requires_grad_(), angle.cos(), angle.sin()]
-    for x in inputs:
-        torch._dynamo.mark_dynamic(x, [0, 1])
-    times: dict[str, list[float]] = {}
-    for name, function in (("stock", modeling_llama.apply_rotary_pos_emb), ("ours", rotate)):
+        return torch.compile(run, dynamic=True, fullgraph=True)
 
-        def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, function: Callable = function) -> list[Tensor]:
-            heads = [x.view(*x.shape[:2], -1, size).transpose(1, 2) for x in (q, k)]
-            return [x.transpose(1, 2) for x in function(*heads, cos, sin)]
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=training_dtype())
 
-        def step(compiled: Callable) -> None:
-            torch.autograd.grad(compiled(*inputs), inputs[:2], [q_grad.view(batch, length, q_heads, size), k_grad.view(batch, length, k_heads, size)])
-
-        torch._dynamo.reset()
-        with one_graph(), torch._inductor.config.patch(emulate_precision_casts=True):
-            compiled = torch.compile(run, fullgraph=True)
-            times[name] = [
-                triton.testing.do_bench(functools.partial(call, *arguments), return_mode="median")
-                for call, arguments in ((compiled, inputs), (step, [compiled]))
-            ]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, [{batch}, {q_heads}+{k_heads}, {length}, {size}]")
-    for i, what in enumerate(("forward", "forward + backward")):
-        stock, ours = times["stock"][i], times["ours"][i]
-        print(f"{what}: stock {stock:.3f} ms, ours {ours:.3f} ms, {stock / ours:.2f}x (medians)")
+    inputs = []
+    for _ in range(4):  # more than the L2 cache holds
+        made = [random(batch, length, n * size).requires_grad_() for n in (q_heads, k_heads)]
+        angle = random(1, length, size)
+        grads = [random(batch, length, n, size).transpose(1, 2) for n in (q_heads, k_heads)]
+        inputs.append((*made, angle.cos(), angle.sin(), *grads))
+    with one_graph(), torch._inductor.config.patch(emulate_precision_casts=True):
+        forward = {"stock": compiled(modeling_llama.apply_rotary_pos_emb), "ours": compiled(rotate)}
+        torch.testing.assert_close(*(run(*inputs[0][:4]) for run in forward.values()), rtol=2e-2, atol=6e-2)
+        calls = {
+            "forward": lambda run, q, k, cos, sin, *grads: run(q, k, cos, sin),
+            "forward + backward": lambda run, q, k, cos, sin, *grads: torch.autograd.grad(
+                run(q, k, cos, sin), (q, k), grads
+            ),
+        }
+        shape = f"[{batch}, {q_heads} + {k_heads}, {length}, {size}] {training_dtype()}"
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}, medians of {rounds}")
+        for name, call in calls.items():
+            times = gpu_times({who: functools.partial(call, run) for who, run in forward.items()}, inputs, rounds)
+            stock, ours = times["stock"], times["ours"]
+            print(f"{name}: stock {stock / 1e3:.3f} ms, ours {ours / 1e3:.3f} ms, {stock / ours:.2f}x")
 
 
 if __name__ == "__main__":
