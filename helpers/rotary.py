@@ -62,8 +62,8 @@ def rotate_kernel(
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, TILE_HALF: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # the rotation's transpose, which is its backward pass
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // length, row % length
+    row = tl.program_id(0)
+    batch, token = (row // length).to(tl.int64), (row % length).to(tl.int64)
     lane = tl.arange(0, TILE_HALF)[None, :]
     inside = lane < SIZE // 2
     cos_ptr += batch * cos_batch + token * SIZE + lane
@@ -76,8 +76,8 @@ def rotate_kernel(
         sin1, sin2 = -sin2, -sin1
     q_ptr += batch * q_batch + token * q_token
     k_ptr += batch * k_batch + token * k_token
-    q_out_ptr += row * (Q_HEADS * SIZE)
-    k_out_ptr += row * (K_HEADS * SIZE)
+    q_out_ptr += row.to(tl.int64) * (Q_HEADS * SIZE)
+    k_out_ptr += row.to(tl.int64) * (K_HEADS * SIZE)
     _rotate_heads(q_ptr, q_head, q_out_ptr, cos1, cos2, sin1, sin2, Q_HEADS, SIZE, Q_TILE, TILE_HALF)
     _rotate_heads(k_ptr, k_head, k_out_ptr, cos1, cos2, sin1, sin2, K_HEADS, SIZE, K_TILE, TILE_HALF)
 
