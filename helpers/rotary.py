@@ -4,9 +4,10 @@
     y2 = x2 * cos2 + x1 * sin2
 
 `fused_rotary(model)` has the layers that torch.compile traces take it instead of transformers' `apply_rotary_pos_emb`.
-Where batch and length are dynamic, Inductor finds an element of that function's `cat` by integer divisions by run-time
-sizes, several for each element, which cost more than the memory traffic (pytorch#189940), and copies the results to
-the layout that attention reads. Here a program knows its token, and heads and their size are constants.
+With a dynamic length Inductor's kernel finds the token of each single element by a division by a run-time size (as in
+pytorch#189940), and its partner in the other half through both branches of the `cat`; in backward slices, negations and
+copies are kernels of their own. All that takes several times what the memory traffic would. Here a program knows its
+token, and heads and their size are constants.
 
 `python -m helpers.rotary` times both on a GPU.
 """
@@ -20,6 +21,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -199,10 +201,15 @@ def _syntax(function: Callable) -> str:
     return ast.dump(tree)
 
 
-def _as_in_llama(module) -> bool:
+@functools.cache  # as it is before it is replaced
+def _llamas() -> list[str]:
+    return [_syntax(vars(modeling_llama)[name]) for name in NAMES]
+
+
+def _as_in_llama(module: ModuleType) -> bool:
     """Whether a modeling module's function is Llama's, with the halves of a head that Llama takes."""
     try:
-        return all(_syntax(vars(module)[name]) == _syntax(vars(modeling_llama)[name]) for name in NAMES)
+        return [_syntax(vars(module)[name]) for name in NAMES] == _llamas()
     except (KeyError, OSError, TypeError, SyntaxError):
         return False
 
