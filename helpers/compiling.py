@@ -31,6 +31,7 @@ from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
 from .loss_functions import replaced_forward
+from .rotary import fused_rotary
 from .step_graphs import StepGraphs
 
 PAD_TO = 128  # tokens
@@ -107,6 +108,8 @@ def compile_model(
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         stack.enter_context(without_cudnn())
+        if torch.cuda.is_available():  # FSDP2's blocks and the halves of layers are traced within too
+            stack.enter_context(fused_rotary(base))
         # Fused kernels round where eager's do, so that the loss is eager's.
         stack.enter_context(torch._inductor.config.patch(emulate_precision_casts=True))
         stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=RecomputeAll()))
