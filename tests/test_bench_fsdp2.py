@@ -59,6 +59,17 @@ def test_contenders_take_turns_and_a_failed_one_stops_nobody(tmp_path, capsys):
     assert json.loads(json.dumps(list(rows.values())))
 
 
+def test_further_contenders_take_the_places_left_while_there_is_time(tmp_path):
+    (log := tmp_path / "log").mkdir()
+    further = ["2:ours, 8-bit Adam", "1:ours, float32 AdamW"]
+    bench = Bench(Case(), ["1:ours, 8-bit Adam"], tmp_path / "out", limit_s=20, further=further, at_once=2)
+    bench.entry = ["-c", STAND_IN.format(log=str(log))]
+    rows = bench.finish()
+    assert [f"{row['gpus']}:{row['contender']}" for row in rows if not row["error"]] == ["1:ours, 8-bit Adam", *further]
+    events = [path.name.split(" ", 1)[1] for path in sorted(log.iterdir())]
+    assert [event.split()[0] for event in events[:3]] == ["warm"] * 3 and events[-3].startswith("warm 1 ours, float32")
+
+
 def test_an_unknown_contender_is_named():
     with pytest.raises(ValueError, match="'2:theirs' is not GPUS:CONTENDER"):
         Bench(Case(), [], None, further=["2:theirs"])
