@@ -59,7 +59,7 @@ def run_probe(probe: Probe, folder: str) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
     case = Case(
         "", probe.shape, f"{probe.length}-{probe.length}x4", probe.length, checkpointing=True, batch_size=1,
-        accumulation=1, lora_rank=probe.lora_rank, steps=2, dtype=probe.dtype, offload=True,
+        accumulation=1, lora_rank=probe.lora_rank, steps=2, dtype=probe.dtype,
     )  # fmt: skip
     seen = _losses()
     if probe.contender == "unsloth":

@@ -29,10 +29,7 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-began = time.monotonic()
 repository, tag = os.environ.get("QLORA_REPOSITORY", "https://github.com/{{SLUG}}"), "{{TAG}}"
 here = Path.cwd()
 root = next((folder for folder in (here, *here.parents, here / "qlora") if (folder / "helpers/host.py").is_file()), None)
@@ -46,10 +43,13 @@ subprocess.run([sys.executable, "-m", "helpers.environment", "--install"], check
 sys.path.insert(0, os.getcwd())
 
 # %%
+import time
+
 import torch
 
 from helpers import host
 
+began = time.monotonic()
 host.prepare()
 
 from helpers import checkpoints, ranks
