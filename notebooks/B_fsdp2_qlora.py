@@ -30,6 +30,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
 repository, tag = os.environ.get("QLORA_REPOSITORY", "https://github.com/{{SLUG}}"), "{{TAG}}"
 here = Path.cwd()
 root = next((folder for folder in (here, *here.parents, here / "qlora") if (folder / "helpers/host.py").is_file()), None)
