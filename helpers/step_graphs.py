@@ -34,8 +34,9 @@ class _Step:
 class StepGraphs:
     """``graphs(inputs, items)`` is ``loss(inputs, items)``, replayed; its backward pass adds to ``grad``.
 
-    All recordings share one memory pool, so they need no more than the longest alone. A replayed loss must be
-    differentiated before the next is made. Gradients are in buffers of ours, which ``grad`` is set to.
+    All recordings share one memory pool and need no more than the longest alone: after a longer one the shorter are
+    recorded again, into its memory. A replayed loss must be differentiated before the next is made. Gradients are in
+    buffers of ours, which ``grad`` is set to.
 
     Args:
         loss: (inputs: tensors, items [], *mode) -> float32 []; may not wait for the GPU.
@@ -55,6 +56,8 @@ class StepGraphs:
         # What autograd believes the loss depends on.
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self.pending: object = None
+        self.longest = 0  # tokens of a recorded batch
+        self.pool: tuple[int, int] | None = None  # the memory that all recordings share
         self.recorded_bytes = 0  # of the memory that the recordings share
 
     def __call__(self, inputs: tuple[Tensor, ...], items: Tensor | int, *mode: Any) -> Tensor:
@@ -63,6 +66,11 @@ class StepGraphs:
         key += tuple(parameter.data_ptr() for parameter in self.parameters)
         step = self.steps.get(key)
         if step is None:
+            if inputs[0].numel() > self.longest:
+                self.longest = inputs[0].numel()
+                if self.steps:
+                    torch.cuda.synchronize()  # the last replay
+                self.steps.clear()
             step = self.steps[key] = self._recorded(inputs, mode)
         for held, given in zip(step.inputs, inputs, strict=True):
             held.copy_(given)
@@ -74,12 +82,9 @@ class StepGraphs:
         """Where everything is recorded."""
         return torch.cuda.Stream()
 
-    @functools.cached_property
-    def pool(self) -> tuple[int, int]:
-        """The memory that all recordings share."""
-        return torch.cuda.graph_pool_handle()
-
     def _recorded(self, inputs: tuple[Tensor, ...], mode: tuple) -> _Step:
+        if not self.steps:  # the first, or longer than all before
+            self.pool = torch.cuda.graph_pool_handle()
         inputs = tuple(x.clone() for x in inputs)
         items, upstream = (torch.ones((), device=inputs[0].device) for _ in range(2))
         held = [parameter.grad for parameter in self.parameters]

@@ -404,7 +404,8 @@ def test_recording_a_step_leaves_gradients_as_they_were(monkeypatch):
     assert torch.equal(step.inputs[0], ids) and step.inputs[0] is not ids and not step.loss.requires_grad
 
 
-def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time():
+def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     weight = nn.Parameter(torch.randn(5, 3))
 
     def loss(inputs, items):
@@ -428,6 +429,8 @@ def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time():
     graphs(batches[1], 1).backward()
     with pytest.raises(RuntimeError, match="without cuda_graphs"):
         first.backward()
+    graphs((torch.randint(5, (2, 9)), torch.randn(2, 9)), 1)
+    assert len(graphs.steps) == 1, "shorter ones are recorded anew, into a longer one's memory"
 
 
 def test_packed_rows_are_recorded_where_flash_attention_takes_them(varlen_on_the_cpu, monkeypatch):
@@ -440,6 +443,7 @@ def test_packed_rows_are_recorded_where_flash_attention_takes_them(varlen_on_the
     restart(model, weights)
     made = []
     monkeypatch.setattr(compiling, "_on_a_gpu", lambda ids: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(compiling, "StepGraphs", lambda *args: made.append(OnTheCPU(*args)) or made[0])
     for name, recorded in (("qlora_varlen", {2, 3}), ("qlora_sdpa", {2})):  # ids and labels; positions
         model.set_attn_implementation(name)
