@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from .attention import one_graph, without_cudnn
 from .attention_transformers import packed_as, packed_backend
 from .host_store import HostStore
-from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half
+from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, generates
 from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
@@ -204,7 +204,7 @@ def _layer(layer: nn.Module, marked: bool, args: tuple, kwargs: dict[str, Any]) 
 def _call_layer(
     regions: tuple[Callable, ...], halved: bool, store: HostStore | None, cls: type, layer: nn.Module, *args, **kwargs
 ) -> Tensor:
-    if kwargs.get("past_key_values") is not None:
+    if generates(kwargs):
         return cls.__call__(layer, *args, **kwargs)
     region, first, second = regions
     hidden, *more = args

@@ -37,7 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compiling import gather_head
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
-from .layer_checkpoint import FEW_PARTS, attention_half, can_be_halved, feed_forward_half
+from .layer_checkpoint import FEW_PARTS, attention_half, can_be_halved, feed_forward_half, generates
 from .layer_checkpoint import checkpointed as by_halves
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
@@ -281,7 +281,7 @@ def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
     region, first, second = compile(block_forward), compile(attention_half), compile(feed_forward_half)
 
     def call(forward, block, *args, **kwargs):
-        if kwargs.get("past_key_values") is not None:
+        if generates(kwargs):
             return block_forward(forward, block, args, kwargs)
         if checkpointed and halved and block.training and torch.is_grad_enabled():
             return by_halves(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .host_store import HostStore
 
@@ -55,6 +56,11 @@ def can_be_halved(layer: nn.Module) -> bool:
     kind = {cls.__name__ for cls in type(layer).__mro__}
     dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
     return bool(kind & KNOWN) and not dropout and not getattr(layer.self_attn, "attention_dropout", 0)
+
+
+def generates(kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is called with a cache, which transformers 5.17 passes as ``past_key_values``, later ``cache``."""
+    return any(isinstance(value, Cache) for value in kwargs.values())
 
 
 def parts(tokens: int, wanted: int = PARTS) -> list[int]:
