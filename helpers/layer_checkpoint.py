@@ -59,7 +59,7 @@ def can_be_halved(layer: nn.Module) -> bool:
 
 
 def generates(kwargs: dict[str, Any]) -> bool:
-    """Whether a layer is called with a cache, which transformers 5.17 passes as ``past_key_values``, later ``cache``."""
+    """Whether a layer is called with a cache: ``past_key_values`` in transformers 5.17, ``cache`` later."""
     return any(isinstance(value, Cache) for value in kwargs.values())
 
 
