@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,41 @@ def test_what_was_put_before_is_fetched_ahead_and_what_nobody_holds_is_forgotten
     assert torch.equal(store.get(third), torch.full((2,), 2.0)) and second.fetched is not None and first.fetched is None
     assert torch.equal(store.get(first), torch.zeros(2))  # out of turn
     assert torch.equal(store.get(second), torch.ones(2)) and not store.get(second).requires_grad
+
+
+class OnAGPU(torch.Tensor):
+    """A CPU's tensor that says it is on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+
+def test_pinned_memory_is_used_again_and_copies_are_waited_for(monkeypatch):
+    """With a GPU's streams played: every copy is done when it is asked for."""
+    waited, empty = [], torch.empty
+    event = lambda: len(waited)  # noqa: E731
+    stream = SimpleNamespace(wait_stream=lambda other: None, record_event=event, wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, **where: empty(*shape, dtype=dtype))
+    store = HostStore()
+    store.reserve(3, 64)
+    reserved = [buffer.data_ptr() for buffer in store.free]
+    for _ in range(2):  # a step, and one that writes to the same memory
+        values = [torch.full((2, 4), float(i), dtype=torch.bfloat16) for i in range(3)]
+        kept = [store.put(value.as_subclass(OnAGPU)) for value in values]
+        assert len(store.leaving) == 2 and {k.waiting.data_ptr() for k in kept} == set(reserved) and not store.free
+        store.settle()
+        assert not store.leaving and len(waited) == 3
+        for k, value in zip(reversed(kept), reversed(values), strict=True):
+            k.waiting.sub_(0)
+            assert torch.equal(store.get(k), value)
+        assert len(waited) == 6
+        waited.clear()
+        del kept, k
+        assert sorted(buffer.data_ptr() for buffer in store.free) == sorted(reserved)
+    store.put(torch.zeros(100).as_subclass(OnAGPU))  # larger than what there is
+    assert len(store.free) == 4, "and kept, with nobody to fetch it"
 
 
 @pytest.mark.gpu
