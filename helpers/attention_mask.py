@@ -141,15 +141,21 @@ class AttentionMask:
         return self.forms["cu_seqlens"]
 
 
+def document_starts(positions: Tensor) -> Tensor:
+    """bool [rows, length]: where a position does not follow the one before it, and so a packed document begins."""
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions.diff(dim=1) != 1
+    return starts
+
+
 def packed_mask(positions: Tensor, most: int, window: int | None = None) -> AttentionMask:
     """The causal mask of packed rows, for flash attention and made without waiting for the GPU.
 
     Args:
-        positions: [rows, length]; a document begins wherever one does not follow the one before it.
+        positions: [rows, length], of which `document_starts` tells the documents.
         most: documents that all rows may have: `cu_seqlens` has as many, those that are not there empty, at the end.
     """
-    starts = torch.ones_like(positions, dtype=torch.bool)
-    starts[:, 1:] = positions.diff(dim=1) != 1
+    starts = document_starts(positions)
     document = starts.flatten().cumsum(0) - 1
     begins = torch.searchsorted(document, torch.arange(most + 1, device=positions.device), out_int32=True)
     segments = starts.cumsum(1, dtype=torch.int32)

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import one_graph, without_cudnn
+from .attention_mask import document_starts
 from .attention_transformers import packed_as, packed_backend
 from .host_store import HostStore
 from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, generates
@@ -343,7 +344,7 @@ def _most_documents(decoder: nn.Module, kwargs: dict[str, Any]) -> int | None:
         return None
     if packed_backend(decoder.config, positions.device, decoder.dtype) != "flash":
         return None  # its mask cannot be made without waiting for the GPU
-    documents = len(positions) + int((positions.diff(dim=1) != 1).sum())
+    documents = int(document_starts(positions).sum())
     return max(16, 1 << (documents - 1).bit_length())  # few kinds of recording
 
 

@@ -42,7 +42,7 @@ class HostStore:
     def reserve(self, count: int, size: int) -> None:
         """Have pinned memory for ``count`` tensors of ``size`` bytes: a recording may not ask for more."""
         missing = count - sum(len(buffer) >= size for buffer in self.free)
-        self.free += [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(missing)]
+        self.free += [_pinned(size) for _ in range(missing)]
 
     def put(self, x: Tensor) -> Kept:
         """Begin to copy ``x`` into pinned host memory; its own memory is free when the one after next is put."""
@@ -91,9 +91,13 @@ class HostStore:
 
     def _buffer(self, size: int) -> Tensor:
         found = next((i for i, buffer in enumerate(self.free) if len(buffer) >= size), None)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True) if found is None else self.free.pop(found)
+        return _pinned(size) if found is None else self.free.pop(found)
 
     def _left(self) -> None:
         """Give the oldest tensor's memory back to the current stream, once that may write to it again."""
         _, copied = self.leaving.pop(0)
         torch.cuda.current_stream().wait_event(copied)
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -130,10 +130,9 @@ def _beside_unsloth(by: dict[str, dict[str, str]]) -> str:
     if not possible or "unsloth" not in by:
         return ""
     ours = min(possible, key=lambda row: float(row["step_s"]))
-    faster, less = (float(a[what]) / float(b[what]) for a, b, what in (
-        (by["unsloth"], ours, "step_s"), (ours, by["unsloth"], "allocated_gib")
-    ))  # fmt: skip
-    return f"{faster:.2f}x as fast, {less:.2f} of its memory"
+    faster = float(by["unsloth"]["step_s"]) / float(ours["step_s"])
+    memory = float(ours["allocated_gib"]) / float(by["unsloth"]["allocated_gib"])
+    return f"{faster:.2f}x as fast, {memory:.2f} of its memory"
 
 
 def _context() -> str:

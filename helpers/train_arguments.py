@@ -61,15 +61,14 @@ class TrainArguments:
 
 def quickest(args: TrainArguments) -> TrainArguments:
     """``args``, compiled and replayed on a GPU wherever nothing else in them speaks against it."""
-    compile, cuda_graphs = args.compile, args.cuda_graphs
+    gpu, compile, cuda_graphs = torch.cuda.is_available(), args.compile, args.cuda_graphs
     if compile is None:
         asked = args.cuda_graphs or args.offload or args.steps is None or args.steps >= WORTH_COMPILING
-        compile = bool(torch.cuda.is_available() and asked and args.loss != "full" and args.attention != "stock")
+        compile = bool(gpu and asked and args.loss != "full" and args.attention != "stock")
     if cuda_graphs is None:
         dtype = checkpoints.default_dtype() if args.dtype == "auto" else DTYPES.get(args.dtype, torch.float32)
         cuda_graphs = (
-            compile and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-            and not args.fsdp2
+            compile and gpu and torch.cuda.get_device_capability() >= (8, 0) and not args.fsdp2
             and not (args.packing and _no_packed_graphs(args.attention, dtype))
         )  # fmt: skip
     return replace(args, compile=compile, cuda_graphs=cuda_graphs)

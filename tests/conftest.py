@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +52,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_report_header() -> str:
     return "GPU: " + ("yes" if _gpu() else "none; gpu tests are deselected, kernels run in Triton's interpreter")
+
+
+@pytest.fixture
+def said_without_interpreter():
+    """``python3 arguments...`` in the repository, where kernels are compiled and not interpreted: what it printed."""
+
+    def run(*arguments: str) -> str:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command, root = [sys.executable, *arguments], Path(__file__).parents[1]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
@@ -320,23 +316,17 @@ with FakeTensorMode():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU traces for real")
-def test_tracing_finds_one_kernel_that_writes_only_its_output():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    traced = subprocess.run([sys.executable, "-c", TRACE], cwd=root, env=environment, capture_output=True, text=True)
-    assert traced.returncode == 0, traced.stderr
-    assert traced.stdout.count("torch.ops.") == 2  # aten.empty and the kernel
-    assert "triton_kernel_wrapper_functional" in traced.stdout
-    assert "tensors_to_clone = ['out_ptr']" in traced.stdout
+def test_tracing_finds_one_kernel_that_writes_only_its_output(said_without_interpreter):
+    traced = said_without_interpreter("-c", TRACE)
+    assert traced.count("torch.ops.") == 2  # aten.empty and the kernel
+    assert "triton_kernel_wrapper_functional" in traced
+    assert "tensors_to_clone = ['out_ptr']" in traced
 
 
-def test_a_t4_needs_at_most_6_instructions_an_element():
+def test_a_t4_needs_at_most_6_instructions_an_element(said_without_interpreter):
     """Ahead-of-time SASS for every architecture: counts, 16-byte stores, and the 16 conversions of a block's table."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "helpers.sass", "--json", "--kernel", "ours, inline PTX"]
-    counted = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    assert counted.returncode == 0, counted.stderr
-    rows = json.loads(counted.stdout)["rows"]
+    counted = said_without_interpreter("-m", "helpers.sass", "--json", "--kernel", "ours, inline PTX")
+    rows = json.loads(counted)["rows"]
     assert len(rows) == 8
     for row in rows:
         bound = 7 if row["arch"] == "sm_75" and row["dtype"] == "bfloat16" else 6

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -129,13 +124,9 @@ with FakeTensorMode():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU compiles for real")
-def test_a_compiled_step_saves_the_packed_weight_and_decodes_again():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PARTITION]
-    root = Path(__file__).parents[1]
-    traced = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert traced.returncode == 0, traced.stderr
-    forward, backward = (line.split(";") for line in traced.stdout.split("\n")[:2])
+def test_a_compiled_step_saves_the_packed_weight_and_decodes_again(said_without_interpreter):
+    traced = said_without_interpreter("-c", PARTITION)
+    forward, backward = (line.split(";") for line in traced.split("\n")[:2])
     assert forward[:2] == ["forward", "1"] and backward[:2] == ["backward", "1"]
     assert "(65536, 1)" in forward[2:] and not {"(512, 256)", "(256, 512)"} & set(forward[2:])
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GlmConfig, LlamaConfig, PhiConfig, Qwen3Config
@@ -302,12 +297,8 @@ with FakeTensorMode():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU compiles for real")
-def test_one_launch_each_way_whose_accesses_are_16_bytes_wide():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *listings, forward, backward = done.stdout.splitlines()
+def test_one_launch_each_way_whose_accesses_are_16_bytes_wide(said_without_interpreter):
+    *listings, forward, backward = said_without_interpreter("-c", AHEAD).splitlines()
     assert (forward, backward) == ("forward 1 0", "backward 1 0"), "what attention saved is not rotated again"
     for ops in map(str.split, listings):
         moved = [op for op in ops if op.startswith(("LDG", "STG"))]
