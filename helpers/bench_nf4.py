@@ -156,8 +156,7 @@ def check(contenders: dict[str, Decoder]) -> None:
 
 def decode_grid(rows: Rows, rounds: int) -> None:
     """GPU time of one decode: the ceiling at its best tile, ours with inline PTX and without, everyone else."""
-    variants = {"ours, Triton only": ours(asm=False), "plain": plain}
-    variants |= {"ours, eviction hints": ours(hints=True), "ours, no eviction hints": ours(hints=False)}
+    variants = {"ours, Triton only": ours(asm=False), "ours, no eviction hints": ours(hints=False), "plain": plain}
     contenders = public_decoders() | variants
     check(contenders)
     tiles = {f"ceiling {s} x {n} x {w}": ceiling(s, n, w) for s, n, w in CEILING_CONFIGS}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STATE_BYTES = {"8bit": 2, "lion": 4, "sgd": 0, "adafactor": 0}  # of the optimizer, a trained number; Adam's two: 8
 EAGER_LOSS, FUSED_LOSS = 12.0, 2.1  # bytes a logit at the peak: three float32 copies; one in half precision, in place
-CUBLAS_BYTES = {False: 2 * 8 * 1024**2, True: 2 * 32 * 1024**2}  # of forward's thread and of backward's; on Hopper
+CUBLAS_BYTES = {False: 8 * 1024**2, True: 32 * 1024**2}  # of a thread's workspace; on Hopper
 TRL_TOKENS, TRL_WORDS = 4096, 8192  # the tile of TRL's fused head
 SAMPLED_ROWS = 4000  # whose lengths are looked at
 
@@ -168,6 +168,8 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     weights = (s.quantised // 2, s.quantised // 64 + s.quantised // 4096, s.plain_bytes)
     trained = (4 * s.adapters, gradients, state * s.adapters)
     workspaces = CUBLAS_BYTES[capability() >= (9, 0)]
+    if not args.cuda_graphs:  # which are recorded by one thread; else backward has its own
+        workspaces *= 2
     work, loss = workspaces + width * s.largest, workspaces + _loss_bytes(s, args, tokens, width)  # a weight, decoded
     if ranks > 1:  # whole at a time: two layers, or the head
         work, loss = work + 2 * sum(weights[:2]) // s.layers, loss + width * s.vocabulary * s.hidden

@@ -69,7 +69,7 @@ def bare_launch(compiled, grid: int, *constants: int) -> Callable[..., None]:
     return launch
 
 
-def ours(asm: bool = True, hints: bool | None = None) -> Decoder:
+def ours(asm: bool = True, hints: bool = True) -> Decoder:
     """`dequantize_kernel` with inline PTX and cache eviction hints, or without, as `launch_options` takes them."""
 
     def decode(weight, state):

@@ -90,20 +90,22 @@ class StepGraphs:
         held = [parameter.grad for parameter in self.parameters]
         self._hold([None] * len(held))
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), self.warm_up():  # compiles, loads kernels, lets cuBLAS choose
-            for _ in range(2):
-                self.loss(inputs, items, *mode).backward()
-        torch.cuda.current_stream().wait_stream(self.stream)
         # thread_local: another thread, which pins memory say, may go on as it likes.
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._hold(self.buffers)  # into which autograd adds in place
-        # cuBLAS' workspaces, 32 MiB each on Hopper, are then the recording's own, not beside those of other streams.
-        with clear_cublas_manager():
-            with torch.cuda.graph(forward, **how):
-                loss = self.loss(inputs, items, *mode)
-            with torch.cuda.graph(backward, **how):
-                loss.backward(upstream)
+        # Backward in this thread too: one of its own would have a cuBLAS workspace of its own, 32 MiB on Hopper.
+        with torch.autograd.set_multithreading_enabled(False):
+            with torch.cuda.stream(self.stream), self.warm_up():  # compiles, loads kernels, lets cuBLAS choose
+                for _ in range(2):
+                    self.loss(inputs, items, *mode).backward()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self._hold(self.buffers)  # into which autograd adds in place
+            # cuBLAS' workspaces are then the recording's own, not beside those of other streams.
+            with clear_cublas_manager():
+                with torch.cuda.graph(forward, **how):
+                    loss = self.loss(inputs, items, *mode)
+                with torch.cuda.graph(backward, **how):
+                    loss.backward(upstream)
         self._hold(held)
         pools = [(tuple(s["segment_pool_id"]), s["total_size"]) for s in torch.cuda.memory_snapshot()]
         self.recorded_bytes = sum(size for pool, size in pools if pool == self.pool)

@@ -35,7 +35,7 @@ from . import attention, attention_transformers, checkpoints, fsdp2, host, plan,
 from .chunked_head import chunked_loss
 from .expected_memory import expected, row_lengths
 from .instruction_data import load_instructions
-from .memory import GIB, peak_gib, reset_peak
+from .memory import GIB, grow_segments, peak_gib, reset_peak
 from .nf4_tensor import NF4Linear
 from .train_arguments import DTYPES, TrainArguments, advice, decided, quickest, sft_config
 
@@ -215,6 +215,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     gc.collect()  # an earlier run's model, which would go in the middle of this one
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     host.quiet()
+    grow_segments()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     read = not args.model.startswith("shape:")  # random weights are made on the device
     in_turn = fsdp2.one_rank_at_a_time if sharding and read else contextlib.nullcontext
