@@ -226,7 +226,8 @@ def _sdpa(q, k, v, mask, scale, softcap, dropout):
 def without_cudnn() -> Iterator[None]:
     """Within, SDPA leaves out cuDNN's kernels, which plan anew for every length they meet: tens of ms each time.
 
-    PyTorch prefers them on Hopper. Over rows of many lengths the plans cost more than all the rest of a training step.
+    PyTorch prefers them on Hopper, where they take some 0.7 of flash attention's time. Over rows of many lengths the
+    plans cost more than all the rest of a training step; where lengths recur they are made once.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

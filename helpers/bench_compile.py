@@ -22,17 +22,18 @@ import torch
 from transformers import TrainerCallback
 
 from . import checkpoints, host
+from .attention import without_cudnn
 from .attention_transformers import register
 from .compile_counter import CompileCounter
 from .compiling import PAD_TO, compile_model
 from .instruction_data import load_instructions
-from .memory import peak_gib, reset_peak
+from .memory import grow_segments, peak_gib, reset_peak
 from .train import QLoRATrainer, nf4_decoder
 from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth
 WORDS = {
-    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "cudnn", "pad1",
+    "eager", "compiled", "checkpointing", "bitsandbytes", "flex", "autotune", "bf16-adapters", "flash", "pad1",
     "graphs", "offload",
 }  # fmt: skip
 
@@ -128,8 +129,7 @@ def compiled_as(words: set[str], model: torch.nn.Module) -> Iterator[None]:
     with compile_model(
         model, max_autotune="autotune" in words, pad_to=1 if "pad1" in words else PAD_TO, cuda_graphs="graphs" in words,
         offload="offload" in words,
-    ):  # fmt: skip
-        torch.backends.cuda.enable_cudnn_sdp("cudnn" in words)
+    ), without_cudnn() if "flash" in words else contextlib.nullcontext():  # fmt: skip
         yield
 
 
@@ -198,6 +198,7 @@ def main() -> None:
     host.prepare()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    grow_segments()
     for variant in args.variants.split(","):
         with autotuned() if "autotune" in variant else contextlib.nullcontext() as choices:
             row, clock = run_variant(variant, TrainArguments(

@@ -285,7 +285,7 @@ def compiled_mlp(rows: Rows, rounds: int) -> None:
         for function in functions.values():
             torch.testing.assert_close(function(x), eager(x), rtol=2e-2, atol=2e-2)
         contenders = {name: functools.partial(function, x) for name, function in functions.items()}
-        for name, value in wall_times(contenders, rounds, 5).items():
+        for name, value in wall_times(contenders, rounds, 20).items():  # so many that waiting for the last is little
             rows.add("MLP, wall time", f"{bsz}x{qlen}x{hd}", dtype, name, value, "us")
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 for _ in range(10):

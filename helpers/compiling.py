@@ -80,8 +80,8 @@ def compile_model(
         backend: of torch.compile.
         max_autotune: let Inductor time Triton's matrix products against cuBLAS, on small GPUs too.
         save_less: recompute what is cheap (norms, activations, casts) rather than keep it for the backward pass.
-        pad_to: lengths are padded on the right to multiples of it. cuBLAS looks for its kernels anew, in milliseconds,
-            for each size it has not met; multiples recur.
+        pad_to: lengths are padded on the right to multiples of it. For each size they have not met cuBLAS looks for its
+            kernels anew, in milliseconds, and cuDNN plans its attention, in tens; multiples recur. 1: no cuDNN.
         cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask or is of
             packed rows that flash attention takes.
         offload: with checkpointing, what a layer got waits in host memory until its backward pass.
@@ -108,7 +108,8 @@ def compile_model(
     compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs and not sharded)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
-        stack.enter_context(without_cudnn())
+        if pad_to == 1:
+            stack.enter_context(without_cudnn())
         if torch.cuda.is_available():  # FSDP2's blocks and the halves of layers are traced within too
             stack.enter_context(fused_rotary(base))
         # Fused kernels round where eager's do, so that the loss is eager's.

@@ -236,7 +236,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     before = answer(model, base.tokenizer, prompt) if fsdp2.main_process() else ""
     with (
         _deterministic(args.deterministic),
-        attention.without_cudnn() if args.attention != "stock" else contextlib.nullcontext(),
+        contextlib.nullcontext() if args.attention == "stock" or args.compile else attention.without_cudnn(),
         nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
         chunked_loss(model) if args.loss == "chunked" else contextlib.nullcontext(),
         compiled_regions(model, args) as regions,

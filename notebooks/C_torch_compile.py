@@ -395,10 +395,9 @@ save_figure(fig, "C_memory", rows)
 # %% [markdown]
 # At the shape of Llama 3.2 1B with random weights, rows of 200 to 1024 tokens padded, batch 2 x 4, LoRA of rank 32. What costs
 # the eager step its time is not arithmetic: the GPU is busy for a fraction of it. cuDNN's attention plans anew for every
-# length, cuBLAS looks for kernels for every new size, and Python launches each kernel. So the compiled model leaves cuDNN
-# out and pads to lengths that recur; *graphs* records a step of each length and replays it in two launches. *Offload* lets what
-# a layer got wait in host memory until its backward pass, as Unsloth's checkpointing does. The peak counts all that recorded
-# graphs hold.
+# length, cuBLAS looks for kernels for every new size, and Python launches each kernel. So the compiled model pads to lengths
+# that recur; *graphs* records a step of each length and replays it in two launches. *Offload* lets what a layer got wait in
+# host memory until its backward pass, as Unsloth's checkpointing does. The peak counts all that recorded graphs hold.
 
 # %%
 import tempfile
