@@ -95,8 +95,11 @@ def launch_options(q_heads: int, k_heads: int, size: int) -> dict[str, int]:
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """Empty [batch, length, heads, size] for ``x`` [batch, heads, length, size]."""
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]))
+    """Empty [batch, length, heads, size] for ``x`` [batch, heads, length, size].
+
+    Heads and size are numbers, as in the kernel: with symbols Inductor copies one row of it before it is written to.
+    """
+    return x.new_empty((x.shape[0], x.shape[2], int(x.shape[1]), int(x.shape[3])))
 
 
 def _readable(x: Tensor) -> bool:
