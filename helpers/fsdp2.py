@@ -14,13 +14,16 @@ before sharding it, or for a policy without ``cast_forward_inputs``, which round
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 from torch.distributed.fsdp import (
@@ -184,6 +187,12 @@ class TrainsSharded:
                 if not group.get("fused") and "foreach" in group:
                     group["foreach"] = True
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # To load a sharded state torch first makes one by an empty step; a scaler that has scaled nothing refuses it.
+        wrapped = isinstance(self.optimizer, AcceleratedOptimizer)
+        with mock.patch.object(self.optimizer, "scaler", None) if wrapped else contextlib.nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not isinstance(self.model, FSDPModule):

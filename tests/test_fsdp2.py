@@ -23,8 +23,11 @@ from queue import Empty
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import TrainerCallback
 
 from helpers import checkpoints, fsdp2, zero_bubble
@@ -308,6 +311,24 @@ PAYLOADS = [
 ]
 
 
+def test_a_scaler_lets_an_optimizer_be_resumed():
+    class Loads:
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            self.loaded = get_optimizer_state_dict(self.model, self.optimizer)
+
+    class Trains(fsdp2.TrainsSharded, Loads):
+        model = torch.nn.Linear(2, 2)
+
+    Accelerator(cpu=True)
+    trainer, scaler = Trains(), torch.amp.GradScaler("cpu")
+    trainer.optimizer = AcceleratedOptimizer(torch.optim.AdamW(trainer.model.parameters()), scaler=scaler)
+    with pytest.raises(AssertionError, match="_scale is None"):
+        Loads._load_optimizer_and_scheduler(trainer, "checkpoint-1")
+    trainer.model.zero_grad()
+    trainer._load_optimizer_and_scheduler("checkpoint-1")
+    assert set(trainer.loaded["state"]) == {"weight", "bias"} and trainer.optimizer.scaler is scaler
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fsdp2")
@@ -503,7 +524,7 @@ def test_refusals_before_anything_starts(monkeypatch, tmp_path):
 GPU_VARIANTS = {
     "float32": {"nf4": "bitsandbytes"},
     "bfloat16": {"dtype": "bfloat16", "nf4": "triton"},
-    "float16": {"dtype": "float16", "nf4": "triton"},
+    "float16": {"dtype": "float16", "nf4": "triton", "save_steps": 4},
     "bfloat16 compiled": {"dtype": "bfloat16", "nf4": "triton", "compile": True},
     "bfloat16 offloaded": {"dtype": "bfloat16", "nf4": "triton", "fsdp2_options": "offload", "save_steps": 4},
     "bfloat16 8-bit": {"dtype": "bfloat16", **VARIANTS["8-bit"]},
@@ -519,7 +540,8 @@ def two_gpus(folder):
         pytest.skip("needs 2 GPUs")
     calls = {name: (rank_trains, {"folder": folder / name, **more}) for name, more in GPU_VARIANTS.items()}
     calls |= {f"bytes {i}": (rank_gathers, more) for i, more in enumerate(GPU_PAYLOADS)}
-    calls["resumed"] = (rank_resumes, {"folder": folder / "bfloat16 8-bit", **GPU_VARIANTS["bfloat16 8-bit"]})
+    for name in ("bfloat16 8-bit", "float16"):
+        calls[f"{name} resumed"] = (rank_resumes, {"folder": folder / name, **GPU_VARIANTS[name]})
     return in_ranks(2, calls)
 
 
@@ -557,8 +579,9 @@ def test_gpus_gather_the_loaded_bytes(two_gpus):
 
 
 @pytest.mark.gpu
-def test_gpus_resume(one_gpu, two_gpus):
-    pairs = zip(two_gpus[0]["resumed"]["losses"], two_gpus[0]["bfloat16 8-bit"]["losses"], strict=True)
+@pytest.mark.parametrize("variant", ["bfloat16 8-bit", "float16"])
+def test_gpus_resume(two_gpus, variant):
+    pairs = zip(two_gpus[0][f"{variant} resumed"]["losses"], two_gpus[0][variant]["losses"], strict=True)
     assert max(abs(a - b) / abs(b) for a, b in pairs) <= TOLERANCE["float32"]
 
 
