@@ -26,6 +26,7 @@ from .attention import without_cudnn
 from .attention_transformers import register
 from .compile_counter import CompileCounter
 from .compiling import PAD_TO, compile_model
+from .host_checked import HostChecked
 from .instruction_data import load_instructions
 from .memory import grow_segments, peak_gib, reset_peak
 from .train import QLoRATrainer, nf4_decoder
@@ -101,6 +102,8 @@ def run_variant(variant: str, arguments: TrainArguments, profile: int = 0) -> tu
             model, loss=arguments.loss, args=config, train_dataset=rows, processing_class=base.tokenizer,
             callbacks=[clock],
         )  # fmt: skip
+        if "compiled" in words:
+            trainer.data_collator = HostChecked(trainer.data_collator)
         if "bf16-adapters" in words:
             for parameter in model.parameters():
                 if parameter.requires_grad:

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from .attention import one_graph, without_cudnn
 from .attention_mask import document_starts
 from .attention_transformers import packed_as, packed_backend
+from .host_checked import padded_on_the_right
 from .host_store import HostStore
 from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, generates
 from .linear_chunk import autocast_now
@@ -301,7 +302,9 @@ def _compile_loss(
     graphs: StepGraphs | None = None
 
     @functools.wraps(forward)
-    def compiled_forward(input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs):
+    def compiled_forward(
+        input_ids: Tensor | None = None, labels: Tensor | None = None, documents: int | None = None, **kwargs
+    ):
         nonlocal graphs
         more = any(kwargs.get(name) for name in ("fused_lm_head", "output_hidden_states", "output_attentions"))
         if not compiled.active or labels is None or input_ids is None or more:
@@ -316,8 +319,8 @@ def _compile_loss(
         elif torch.is_tensor(items):
             items = items.to(input_ids.device)
         recorded = compiled.cuda_graphs and base.training and torch.is_grad_enabled() and _on_a_gpu(input_ids)
-        documents = _most_documents(decoder, kwargs) if recorded else None
-        if documents is None:
+        most = _most_documents(decoder, kwargs, documents) if recorded else None
+        if most is None:
             return CausalLMOutput(loss=loss_of(input_ids, labels, items, **kwargs))
         if graphs is None:
             few = min(2, decoder.config.num_hidden_layers)  # two, where layers are of two kinds
@@ -326,7 +329,7 @@ def _compile_loss(
                 [parameter for parameter in base.parameters() if parameter.requires_grad],
             )  # fmt: skip
         inputs = input_ids, labels, *kwargs.values()
-        return CausalLMOutput(loss=graphs(inputs, items, documents, decoder.layers[0].gradient_checkpointing))
+        return CausalLMOutput(loss=graphs(inputs, items, most, decoder.layers[0].gradient_checkpointing))
 
     stack.enter_context(replaced_forward(base, compiled_forward))  # inactive, it passes on
     return "compiled"
@@ -336,8 +339,11 @@ def _on_a_gpu(ids: Tensor) -> bool:
     return ids.is_cuda
 
 
-def _most_documents(decoder: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """How many documents a recording of this batch has room for; 0: no packed rows; None: it cannot be recorded."""
+def _most_documents(decoder: nn.Module, kwargs: dict[str, Any], documents: int | None) -> int | None:
+    """How many documents a recording of this batch has room for; 0: no packed rows; None: it cannot be recorded.
+
+    ``documents``: those of the batch where they are counted already (`HostChecked`), before padding, a row's last.
+    """
     if not kwargs:
         return 0
     positions = kwargs.get("position_ids")
@@ -345,7 +351,7 @@ def _most_documents(decoder: nn.Module, kwargs: dict[str, Any]) -> int | None:
         return None
     if packed_backend(decoder.config, positions.device, decoder.dtype) != "flash":
         return None  # its mask cannot be made without waiting for the GPU
-    documents = int(document_starts(positions).sum())
+    documents = int(document_starts(positions).sum()) if documents is None else documents + len(positions)
     return max(16, 1 << (documents - 1).bit_length())  # few kinds of recording
 
 
@@ -419,8 +425,7 @@ def _batch_for_one_graph(
 ) -> tuple[Tensor, Tensor]:
     """The same batch: a length that recurs, at least two rows if it ever had, and no mask it can do without."""
     mask = kwargs.get("attention_mask")
-    # One synchronisation; transformers' own mask needs one too, to find out whether there is padding at all.
-    if mask is not None and mask.ndim == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    if mask is not None and mask.ndim == 2 and padded_on_the_right(mask):  # waits, unless `HostChecked` has looked
         del kwargs["attention_mask"]
     if kwargs.keys() - {"position_ids"}:
         return ids, labels

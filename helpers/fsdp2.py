@@ -138,6 +138,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
         fully_shard(block, reshard_after_forward=config.reshard_after_forward, **_policies(block, config))
     if not tied:
         fully_shard(embedding, **_policies(embedding, config))
+        if not embedding.weight.requires_grad:
+            embedding.set_unshard_in_backward(False)  # it would be gathered once more, only to be freed
         # Backward starts with the head, so freeing it after forward would only gather it twice.
         fully_shard(head, reshard_after_forward=False, **_policies(head, config))
         if config.compile_blocks and config.prefetch:  # compiled, the loss gathers the head itself: begin a block ahead

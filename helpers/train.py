@@ -34,6 +34,7 @@ from trl import SFTTrainer
 from . import attention, attention_transformers, checkpoints, fsdp2, host, plan, t4
 from .chunked_head import chunked_loss
 from .expected_memory import expected, row_lengths
+from .host_checked import HostChecked
 from .instruction_data import load_instructions
 from .memory import GIB, grow_segments, peak_gib, reset_peak
 from .nf4_tensor import NF4Linear
@@ -152,8 +153,10 @@ class QLoRATrainer(fsdp2.TrainsSharded, SFTTrainer):
         if self.loss_path == "trl":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
+        counted = inputs.pop("num_tokens", None)
         if model.training:
-            counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            if counted is None:
+                counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self._tokens_since_log = self._tokens_since_log + counted
         # Trainer's own, past SFTTrainer's fused head: the loss that the model returns.
         return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -249,6 +252,8 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
             processing_class=base.tokenizer,
             callbacks=[log, *(callbacks or [])],
         )
+        if args.compile:
+            trainer.data_collator = HostChecked(trainer.data_collator)
         if sharding:
             fsdp2.shard_trainer(trainer, sharding)
         _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
