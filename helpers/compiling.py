@@ -318,10 +318,11 @@ def _compile_loss(
             items = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         elif torch.is_tensor(items):
             items = items.to(input_ids.device)
-        recorded = compiled.cuda_graphs and base.training and torch.is_grad_enabled() and _on_a_gpu(input_ids)
-        most = _most_documents(decoder, kwargs, documents) if recorded else None
-        if most is None:
-            return CausalLMOutput(loss=loss_of(input_ids, labels, items, **kwargs))
+        trained = base.training and torch.is_grad_enabled() and _on_a_gpu(input_ids)
+        known = compiled.cuda_graphs or documents is not None
+        most = _most_documents(decoder, kwargs, documents) if trained and known else None
+        if most is None or not compiled.cuda_graphs:
+            return CausalLMOutput(loss=loss_of(input_ids, labels, items, most or 0, **kwargs))
         if graphs is None:
             few = min(2, decoder.config.num_hidden_layers)  # two, where layers are of two kinds
             graphs = StepGraphs(
@@ -340,7 +341,7 @@ def _on_a_gpu(ids: Tensor) -> bool:
 
 
 def _most_documents(decoder: nn.Module, kwargs: dict[str, Any], documents: int | None) -> int | None:
-    """How many documents a recording of this batch has room for; 0: no packed rows; None: it cannot be recorded.
+    """How many documents a step like this batch's has room for; 0: no packed rows; None: it cannot be recorded.
 
     ``documents``: those of the batch where they are counted already (`HostChecked`), before padding, a row's last.
     """
