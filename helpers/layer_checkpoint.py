@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 from transformers import Cache
 
 from .host_store import HostStore
@@ -102,6 +103,11 @@ def decoded_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             layer.decoded = None
 
 
+def _apart(x: Tensor) -> Tensor:
+    """``x``'s own memory as a view of no other tensor: torch.compile would guard what it is a view of."""
+    return from_dlpack(to_dlpack(x))
+
+
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, layer: nn.Module, kwargs: dict, whole, first, second, store, wanted) -> Tensor:
@@ -125,8 +131,8 @@ class _Checkpointed(torch.autograd.Function):
             found, sizes = torch.empty_like(flat), parts(len(flat), wanted)
             with decoded_once(layer.mlp, hidden.dtype):
                 for rows, given, into in zip(*(x.split(sizes) for x in (flat, upstream, found)), strict=True):
-                    rows = rows.clone().requires_grad_()  # no views: torch.compile would guard what they are views of
-                    second(layer, rows, given.clone()).backward()
+                    rows = _apart(rows).requires_grad_()
+                    second(layer, rows, _apart(given)).backward()
                     into.copy_(rows.grad)
             torch.autograd.backward(middle, found.view_as(middle))
         return hidden.grad, *[None] * 7
