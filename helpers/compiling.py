@@ -65,7 +65,7 @@ def compile_model(
     save_less: bool = True,
     pad_to: int = PAD_TO,
     cuda_graphs: bool = False,
-    offload: bool = False,
+    offload: bool | None = False,
     sharded: bool = False,
 ) -> Iterator[CompiledModel]:
     """Within the context the model's regions run compiled, in training and in evaluation with labels.
@@ -85,7 +85,8 @@ def compile_model(
             kernels anew, in milliseconds, and cuDNN plans its attention, in tens; multiples recur. 1: no cuDNN.
         cuda_graphs: record a training step of each length once and replay it, where the batch needs no mask or is of
             packed rows that flash attention takes.
-        offload: with checkpointing, what a layer got waits in host memory until its backward pass.
+        offload: with checkpointing, what a layer got waits in host memory until its backward pass. None: on a GPU,
+            where the layers are known.
         sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py, since FSDP2's hooks must run
             around them.
 
@@ -101,6 +102,8 @@ def compile_model(
             "train it without compile"
         )
     halved = can_be_halved(layers[0])
+    if offload is None:
+        offload = halved and not sharded and next(base.parameters()).is_cuda
     if offload and (sharded or not halved):
         why = "layers that FSDP2 shards" if sharded else type(layers[0]).__name__
         raise ValueError(f"offload is not there for {why}: leave it out")

@@ -184,7 +184,8 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on an H100.
     feed_forward = (7 if args.compile else 2) * width * s.feed_forward * tokens
     if args.checkpointing and args.compile and s.halved:
-        saved = (2 if args.offload else s.layers) * width * s.hidden * tokens  # two are on their way
+        waits = not args.fsdp2 if args.offload is None else args.offload
+        saved = (2 if waits else s.layers) * width * s.hidden * tokens  # two are on their way
         work += tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # of attention, and what joins the halves
         wanted = FEW_PARTS if args.fsdp2 else PARTS
         feed_forward = 11 * width * s.feed_forward * max(parts(tokens, wanted))

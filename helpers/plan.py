@@ -18,6 +18,7 @@ from . import checkpoints
 from .attention import Case, choose
 from .expected_memory import capability, expected, row_lengths
 from .instruction_data import load_instructions
+from .layer_checkpoint import is_known
 from .memory import GIB
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def parts(asked: TrainArguments, args: TrainArguments, config: Any) -> list[tupl
         return ("on", on) if getattr(args, name) else ("off", f"--{name} turns it on")
 
     rows = "packed" if args.packing else "plain"
+    waits = "layers' inputs wait in host memory"
+    offload = switched("offload", waits)
+    if args.offload is None and gpu and args.compile and args.checkpointing and not args.fsdp2:
+        known = is_known(text.model_type)
+        offload = ("on", waits) if known else ("off", f"the layers of {text.model_type} are none that do so")
     return [
         ("device", torch.cuda.get_device_name() if gpu else "CPU", f"capability {major}.{minor}" if gpu else "no GPU"),
         ("dtype", args.dtype, why("dtype", "what this GPU computes in" if gpu else "rounding gains nothing on a CPU")),
@@ -74,7 +80,7 @@ def parts(asked: TrainArguments, args: TrainArguments, config: Any) -> list[tupl
         ("compile", *switched("compile", "layers, norm and loss are a graph each")),
         ("CUDA graphs", *switched("cuda_graphs", "a step of each length is recorded once")),
         ("checkpointing", *switched("checkpointing", "activations are made again, layer by layer")),
-        ("offload", *switched("offload", "layers' inputs wait in host memory")),
+        ("offload", *offload),
         ("optimizer", args.optimizer, why("optimizer", "one launch" if "fused" in args.optimizer else "PyTorch's own")),
         ("FSDP2", *switched("fsdp2", f"sharded over {os.environ.get('WORLD_SIZE', '1')} processes")),
     ]  # fmt: skip

@@ -46,7 +46,7 @@ class TrainArguments:
     compile: bool | None = _flag(None, "torch.compile the decoder layers, norm and loss (helpers/compiling.py)")
     cuda_graphs: bool | None = _flag(None, "with --compile: record a step of each length, replay it in two launches")
     checkpointing: bool = _flag(True, "recompute activations in backward (non-reentrant gradient checkpointing)")
-    offload: bool = _flag(False, "with --compile and --checkpointing: layers' inputs wait in host memory")
+    offload: bool | None = _flag(None, "layers' inputs wait in host memory (compiled and checkpointed, on a GPU: yes)")
     optimizer: str = _flag("auto", "a name of TrainingArguments.optim, as adamw_8bit; auto: AdamW, fused on a GPU")
     save_steps: int = _flag(0, "write a checkpoint every so many steps; 0: only the adapter, at the end")
     resume: bool = _flag(False, "go on from the last whole checkpoint in output_dir")
@@ -185,7 +185,7 @@ def advice(args: TrainArguments) -> str:
         "--checkpointing True": not args.checkpointing,
         "--loss chunked": args.loss == "full",
         f"--batch_size 1 --accumulation {args.accumulation * args.batch_size}": args.batch_size > 1,
-        "--offload True": args.compile and args.checkpointing and not (args.offload or args.fsdp2),
+        "--offload True": args.compile and args.checkpointing and args.offload is False and not args.fsdp2,
         f"--max_length {args.max_length // 2}": True,
         "--compile": not args.compile and args.loss != "full",
         "--optimizer adamw_8bit": "8bit" not in args.optimizer,
