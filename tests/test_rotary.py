@@ -337,3 +337,22 @@ def test_gpu_compiled_layers_rotate_in_one_launch(checkpointed):
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
     for got, wanted in zip(found[2:-2], expected[2:-2], strict=True):
         assert (got - wanted).norm() <= 5e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gpu_sizes_of_heads_may_be_symbols(rows):
+    # As in a block that FSDP2 wraps, whose integers torch.compile does not take for constants.
+    def attend(apply, x, projections, cos, sin, size):
+        q, k, v = ((x @ w).view(*x.shape[:2], -1, size).transpose(1, 2) for w in projections)
+        q, k = apply(q, k, cos, sin)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    shapes = (rows, 40, 256), (256, 512), (256, 128), (256, 128), (1, 40, 64)
+    x, *projections, angle = (torch.randn(shape, device="cuda").bfloat16() / 4 for shape in shapes)
+    inputs = x, projections, angle.cos(), angle.sin(), 64
+    with torch.no_grad():
+        found = torch.compile(attend, dynamic=True, fullgraph=True)(rotary.rotate, *inputs)
+        torch.testing.assert_close(found, attend(STOCK, *inputs), rtol=2e-2, atol=2e-2)
