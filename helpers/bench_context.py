@@ -4,29 +4,33 @@
 
 For each shape (RANDOM weights), contender and memory a search over lengths a quarter of an octave apart; each probe is
 two optimizer steps (the second has the optimizer's state) with gradient checkpointing in a process of its own, whose
-allocator stops at the memory. Every probe goes to `context_probes.csv` as soon as it is measured, each search's end to
-`context_bench.csv`, and `context_bench.png` is drawn from that.
+allocator stops at the memory. Searches go side by side where there is room. Every probe goes to `context_probes.csv` as
+soon as it is measured, each search's end to `context_bench.csv`, and `context_bench.png` is drawn from that.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import importlib.util
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .bench_fsdp2 import CONTEXT_GIB
 from .bench_trainer import SAVE, Case, ours, unsloth
 from .memory import GIB
+from .ranks import places
 from .results import write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
@@ -87,11 +91,17 @@ def _losses() -> Any:
     return Losses()
 
 
-def start_probe(probe: Probe, folder: Path, limit_s: float) -> dict[str, Any]:
-    """`run_probe` in a process of its own: its answer, ``fits`` False for lack of memory, or ``error``."""
+def start_probe(probe: Probe, folder: Path, limit_s: float, gpu: str = "0") -> dict[str, Any]:
+    """`run_probe` in a process of its own: its answer, ``fits`` False for lack of memory, or ``error``.
+
+    Args:
+        gpu: which it has, as CUDA_VISIBLE_DEVICES names it.
+    """
     command = [sys.executable, *PROBE, json.dumps(asdict(probe)), "--weights", str(folder)]
-    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-                                "UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"}  # fmt: skip
+    environment = os.environ | {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1",
+        "CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
     except subprocess.TimeoutExpired:
@@ -150,40 +160,67 @@ def bench(
     shapes: Sequence[str], contenders: Sequence[str], caps: Sequence[str], out: Path, limit_s: float, budget_s: float,
     grid: Sequence[int] = GRID,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row a search; ``limit_s``: seconds a probe may take, ``budget_s``: after which no more is begun."""
-    out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + budget_s
-    probes: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+    """A row a search; ``limit_s``: seconds a probe may take, ``budget_s``: after which no more is begun.
 
-    def attempt(probe: Probe, weights: Path) -> dict[str, Any]:
+    As many searches go side by side as the free memory of all GPUs holds under their cap.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    until, lock = time.monotonic() + budget_s, threading.Lock()
+    probes: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    order = [(cap, shape, contender) for cap in caps for shape in shapes for contender in contenders]
+
+    def attempt(probe: Probe, weights: Path, gpus: queue.Queue[str]) -> dict[str, Any]:
         if time.monotonic() > until:
             return {}
-        found = start_probe(probe, weights, limit_s)
-        probes.append(asdict(probe) | found)
-        write_rows(probes, out / "context_probes.csv")
-        print(f"{probe.shape:14s} {probe.contender:8s} {probe.cap_gib:5.1f} GiB {probe.length:8,d} tokens: {found}",
-              flush=True)  # fmt: skip
+        gpu = gpus.get()
+        try:
+            found = start_probe(probe, weights, limit_s, gpu)
+        finally:
+            gpus.put(gpu)
+        with lock:
+            probes.append(asdict(probe) | found)
+            write_rows(probes, out / "context_probes.csv")
+            print(f"{probe.shape:14s} {probe.contender:8s} {probe.cap_gib:5.1f} GiB {probe.length:8,d} tokens: {found}",
+                  flush=True)  # fmt: skip
         return found
+
+    def search(key: tuple[str, str, str], weights: Path, gpus: queue.Queue[str]) -> None:
+        cap, shape, contender = key
+        gib, dtype = CAPS[cap]
+        with lock:  # the next contender's end is not far from this one's
+            ends = [row["tokens"] for (*case, _), row in rows.items() if case == [cap, shape] and row["tokens"]]
+        tokens, known, error = longest(
+            lambda length: attempt(Probe(shape, contender, gib, dtype, length), weights, gpus), gib, grid,
+            ends[-1] if ends else START,
+        )  # fmt: skip
+        with lock:
+            rows[key] = {"shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
+                         "tokens": tokens, "next_does_not_fit": known, "error": error}  # fmt: skip
+            write_rows([rows[k] for k in order if k in rows], out / "context_bench.csv")
 
     with tempfile.TemporaryDirectory(prefix="context-", ignore_cleanup_errors=True) as scratch:
         for shape in shapes:
-            weights = Path(scratch, shape)
-            subprocess.run([sys.executable, "-c", SAVE, shape, str(weights)], check=True, stdout=subprocess.DEVNULL)
-            for cap in caps:
-                gib, dtype = CAPS[cap]
-                start = START
-                for contender in contenders:
-                    probe = functools.partial(Probe, shape, contender, gib, dtype)
-                    tokens, known, error = longest(
-                        lambda length, probe=probe, weights=weights: attempt(probe(length), weights), gib, grid, start
-                    )
-                    start = tokens or start  # the next contender's end is not far from this one's
-                    rows.append({"shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
-                                 "tokens": tokens, "next_does_not_fit": known, "error": error})  # fmt: skip
-                    write_rows(rows, out / "context_bench.csv")
-    draw(rows, out / "context_bench.png")
-    return rows
+            command = [sys.executable, "-c", SAVE, shape, str(Path(scratch, shape))]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for cap in caps:
+            gpus: queue.Queue[str] = queue.Queue()
+            for gpu in _gpus() * places(CAPS[cap][0] + CONTEXT_GIB, cores=4):
+                gpus.put(gpu)
+            with ThreadPoolExecutor(gpus.qsize()) as pool:
+                keys = [key for key in order if key[0] == cap]
+                list(pool.map(lambda key, gpus=gpus: search(key, Path(scratch, key[1]), gpus), keys))
+    found = [rows[key] for key in order]
+    draw(found, out / "context_bench.png")
+    return found
+
+
+def _gpus() -> list[str]:
+    """What names each GPU of this process in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(gpu) for gpu in range(max(torch.cuda.device_count(), 1))]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import threading
 
 import pytest
 
@@ -92,3 +93,21 @@ def test_bench_writes_its_tables_and_figure(tmp_path, monkeypatch):
     with open(tmp_path / "context_probes.csv", newline="") as file:
         assert [row["contender"] for row in csv.DictReader(file)][0] == "stock"
     assert (tmp_path / "context_bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_searches_go_side_by_side_where_there_is_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_context, "SAVE", "pass")
+    monkeypatch.setattr(bench_context, "places", lambda gib, cores: 2)
+    both, seen, ours = threading.Barrier(2, timeout=60), [], memory(1.0, 0.001, 14.7, [])
+
+    def probed(probe, weights, limit_s, gpu):
+        if probe.length == bench_context.START:
+            both.wait()  # one after the other, nobody would come
+        seen.append(gpu)
+        return ours(probe.length)
+
+    monkeypatch.setattr(bench_context, "start_probe", probed)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    rows = bench_context.bench(["tiny"], ["stock", "ours"], ["T4"], tmp_path, 1, 60, [1024, 2048, 4096])
+    assert [row["contender"] for row in rows] == ["stock", "ours"] and {row["tokens"] for row in rows} == {4096}
+    assert set(seen) == {"5"}
