@@ -29,7 +29,8 @@ from .compiling import PAD_TO, compile_model
 from .host_checked import HostChecked
 from .instruction_data import load_instructions
 from .memory import grow_segments, peak_gib, reset_peak
-from .train import QLoRATrainer, nf4_decoder
+from .qlora_trainer import QLoRATrainer
+from .train import nf4_decoder
 from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
 WARM = 4  # steps left out of the median: compiling, autotuning, the allocator's growth

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .linear_loss import IGNORED, linear_forward
-from .loss_functions import causal_lm_loss, cross_entropy, replaced_forward
+from .loss_functions import causal_lm_loss, cross_entropy
+from .replaced import replaced_forward
 
 
 @contextlib.contextmanager

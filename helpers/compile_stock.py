@@ -25,7 +25,7 @@ import transformers.models.llama.modeling_llama
 from . import checkpoints, host
 from .compile_counter import CompileCounter
 from .instruction_data import load_instructions
-from .train import QLoRATrainer, StepLog
+from .qlora_trainer import QLoRATrainer, StepLog
 from .train_arguments import DTYPES, TrainArguments, decided, sft_config
 
 TORCH_COMPILE_OPTIONS = {

@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import checkpoints
 from .attention import device_capability
-from .compiling import PAD_TO, _chunk_rows
+from .compiled_loss import chunk_rows
+from .compiling import PAD_TO
 from .layer_checkpoint import FEW_PARTS, PARTS, can_be_halved, parts
 from .linear_loss import COMPILE_LOGITS
 from .linear_plan import FROZEN_LOGITS, LEAST_ROWS
@@ -206,7 +207,7 @@ def _loss_bytes(s: Shapes, args: TrainArguments, tokens: int, width: int) -> int
     if args.loss == "full":
         return around + int(EAGER_LOSS * tokens * s.vocabulary)
     if args.compile:
-        rows = _chunk_rows(tokens, width * s.vocabulary)
+        rows = chunk_rows(tokens, width * s.vocabulary)
         return tokens * s.hidden * 2 * width + int(FUSED_LOSS / 2 * width * rows * s.vocabulary)
     rows = min(tokens, max(LEAST_ROWS, FROZEN_LOGITS // s.vocabulary))
     fused = tokens * s.vocabulary > COMPILE_LOGITS

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .compiling import gather_head
+from .compiled_loss import gather_head
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
 from .layer_checkpoint import FEW_PARTS, attention_half, can_be_halved, feed_forward_half, generates
 from .layer_checkpoint import checkpointed as by_halves

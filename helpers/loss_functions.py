@@ -5,8 +5,7 @@ Each is plain PyTorch, differentiated by autograd; ``linear`` makes the logits, 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +28,6 @@ def log_probs_and_entropy(x: Tensor, linear: Callable[[Tensor], Tensor], labels:
     """Log-probability of each label and entropy of each distribution: float32 [rows] both, both differentiable."""
     logp = F.log_softmax(linear(x).float(), dim=1)
     return -F.nll_loss(logp, labels, reduction="none"), -(logp.exp() * logp).sum(1)
-
-
-@contextlib.contextmanager
-def replaced_forward(model: nn.Module, forward: Callable) -> Iterator[None]:
-    """Within, ``model``'s forward is ``forward``, on the instance. Where a trainer has wrapped that by the end, the
-    wrapper stays: ``forward`` must then pass on to the one before it."""
-    previous = vars(model).get("forward")
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if vars(model).get("forward") is forward:
-            del model.forward
-            if previous is not None:
-                model.forward = previous
 
 
 def causal_lm_loss(

@@ -119,7 +119,7 @@ def finetune(
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig
 
-    from .train import QLoRATrainer
+    from .qlora_trainer import QLoRATrainer
 
     gpu = torch.cuda.is_available()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(LORA_TARGETS), exclude_modules=r".*\.head\..*")

@@ -435,7 +435,7 @@ def test_replayed_steps_accumulate_as_eager_ones_and_one_at_a_time(monkeypatch):
 
 
 def test_packed_rows_are_recorded_where_flash_attention_takes_them(varlen_on_the_cpu, monkeypatch):
-    from helpers import compiling
+    from helpers import compiled_loss
 
     model = family_model("llama").train()
     weights, micro = trainable(model), [*packed_batches(6), *batches(2, 40)]
@@ -443,9 +443,9 @@ def test_packed_rows_are_recorded_where_flash_attention_takes_them(varlen_on_the
     expected = train(model, micro, evaluate=False)
     restart(model, weights)
     made = []
-    monkeypatch.setattr(compiling, "_on_a_gpu", lambda ids: True)
+    monkeypatch.setattr(compiled_loss, "_on_a_gpu", lambda ids: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(compiling, "StepGraphs", lambda *args: made.append(OnTheCPU(*args)) or made[0])
+    monkeypatch.setattr(compiled_loss, "StepGraphs", lambda *args: made.append(OnTheCPU(*args)) or made[0])
     for name, recorded in (("qlora_varlen", {2, 3}), ("qlora_sdpa", {2})):  # ids and labels; positions
         model.set_attn_implementation(name)
         with compile_model(model, backend="eager", cuda_graphs=True, pad_to=64):
@@ -552,14 +552,14 @@ def test_gpu_replayed_steps_keep_their_losses_and_need_no_more_memory(dtype, how
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gpu_packed_rows_are_replayed(checkpointed, monkeypatch):
-    from helpers import compiling
+    from helpers import compiled_loss
 
     model = qlora_model("cuda", torch.bfloat16)
     checkpointing(model, checkpointed)
     model.set_attn_implementation("qlora_auto")
     micro = [[{k: v.cuda() if torch.is_tensor(v) else v for k, v in b.items()} for b in m] for m in packed_batches(12)]
     weights, made, found = trainable(model), [], []
-    monkeypatch.setattr(compiling, "StepGraphs", lambda *args: made.append(StepGraphs(*args)) or made[0])
+    monkeypatch.setattr(compiled_loss, "StepGraphs", lambda *args: made.append(StepGraphs(*args)) or made[0])
     for cuda_graphs in (False, True):
         restart(model, weights)
         with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):

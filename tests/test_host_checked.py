@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import compiling
+from helpers import compiled_loss, compiling
 from helpers.host_checked import HostChecked, padded_on_the_right
 from helpers.train import TrainArguments, train
 
@@ -41,7 +41,7 @@ def test_compiled_losses_are_as_without_and_nothing_is_asked_of_the_device(tmp_p
     real = compiling.compile_model
     monkeypatch.setattr(compiling, "compile_model", lambda *args, **how: real(*args, **how | {"backend": "eager"}))
     with monkeypatch.context() as patch:
-        patch.setattr(compiling, "padded_on_the_right", asked)
+        patch.setattr(compiled_loss, "padded_on_the_right", asked)
         checked = run("checked")
     monkeypatch.setattr("helpers.train.HostChecked", lambda collator: collator)
     unchecked = run("unchecked")
