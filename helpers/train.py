@@ -37,7 +37,7 @@ from .train_arguments import DTYPES, TrainArguments, advice, decided, quickest, 
 
 @dataclass
 class TrainResult:
-    """What a run leaves: ``rows`` as logged (qlora_trainer.COLUMNS), peaks in GiB, answers, and the folder of the adapter."""
+    """What a run leaves: ``rows`` as logged (qlora_trainer.COLUMNS), peaks in GiB, answers, the adapter's folder."""
 
     rows: list[dict[str, float]]
     label: str
