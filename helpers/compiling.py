@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import one_graph, without_cudnn
 from .compiled_loss import CompiledModel, compile_loss
 from .host_store import HostStore
+from .joined_lora import JoinLoRA
 from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, generates
 from .replaced import called_as
 from .rotary import fused_rotary
@@ -93,6 +94,7 @@ def compile_model(
         # Fused kernels round where eager's do, so that the loss is eager's.
         stack.enter_context(torch._inductor.config.patch(emulate_precision_casts=True))
         stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=RecomputeAll()))
+        stack.enter_context(torch._inductor.config.patch(pre_grad_custom_pass=JoinLoRA()))
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
         if max_autotune:

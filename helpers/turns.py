@@ -6,11 +6,12 @@ it waits, using neither GPU nor processor, for a file named ``go``; after its la
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,17 @@ class _Timeline:
     """``rows``: this process's GPU memory as PyTorch's allocator counts it, five times a second from now on."""
 
     def __init__(self):
-        self.rows: list[dict[str, float]] = []
-        threading.Thread(target=self._sample, daemon=True).start()
-
-    def _sample(self) -> None:
         import torch
 
+        self.rows: list[dict[str, float]] = []
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None  # another thread's is GPU 0
+        read = functools.partial(torch.cuda.memory_stats, device)
+        threading.Thread(target=self._sample, args=[read], daemon=True).start()
+
+    def _sample(self, read: Callable[[], dict[str, int]]) -> None:
         started = time.perf_counter()
         while True:
-            held = torch.cuda.memory_stats()
+            held = read()
             self.rows.append({
                 "seconds": round(time.perf_counter() - started, 1),
                 "allocated_gib": round(held.get("allocated_bytes.all.current", 0) / GIB, 3),

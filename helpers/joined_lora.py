@@ -1,0 +1,78 @@
+"""One product for the LoRA layers that read one tensor, in graphs that Inductor compiles.
+
+q, k and v read the same hidden state, and so do gate and up. LoRA's first factors are a few rows each: joined, they
+read it once instead of three times, in forward and again for their own gradients, and what they add to the hidden
+state's gradient is summed within a product. It is the same sum, of products that may round in another order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+MOST_ROWS = 256  # of a factor; larger matrices are no gain
+LINEAR = torch._C._nn.linear  # what torch.nn.functional.linear is in a graph
+AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+
+
+class JoinLoRA(CustomGraphPass):
+    """For Inductor's ``pre_grad_custom_pass``: autograd then goes through the joined products."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        groups: dict[tuple, list[fx.Node]] = defaultdict(list)
+        part = 0  # what is computed under another autocast is not joined
+        for node in graph.nodes:
+            part += node.op == "call_function" and node.target in AUTOCAST
+            if _is_small(node):
+                groups[part, *_read(node.args[0])].append(node)
+        for nodes in groups.values():
+            if len(nodes) > 1:
+                _join(graph, nodes)
+
+    def uuid(self) -> str:
+        return "qlora: join LoRA, 1"
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Whether ``node`` is a product with few rows of a weight that the graph is given, and nothing added."""
+    if node.op != "call_function" or node.target is not LINEAR or node.kwargs or len(node.args) not in (2, 3):
+        return False
+    x, weight, *bias = node.args
+    if any(b is not None for b in bias) or not isinstance(x, fx.Node) or weight.op != "placeholder":
+        return False
+    return weight.meta["example_value"].shape[0] <= MOST_ROWS
+
+
+def _read(x: fx.Node) -> tuple:
+    """What a layer reads: PEFT converts the tensor anew for each."""
+    if x.op == "call_method" and x.target == "to" and len(x.args) == 2 and not x.kwargs:
+        return x.args
+    return x, None
+
+
+def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Replace ``nodes``, linears of one input, by one of all their weights."""
+
+    def call(function: Callable, *args: Any) -> fx.Node:
+        node = graph.call_function(function, args)
+        given = fx.node.map_arg(args, lambda n: n.meta["example_value"])
+        with torch.no_grad():
+            node.meta["example_value"] = function(*given)
+        return node
+
+    weights = [node.args[1] for node in nodes]
+    rows = [weight.meta["example_value"].shape[0] for weight in weights]
+    with graph.inserting_before(nodes[0]):
+        product = call(LINEAR, nodes[0].args[0], call(torch.cat, weights))
+        parts = call(torch.split, product, rows, -1)
+        for i, node in enumerate(nodes):
+            part = call(operator.getitem, parts, i)
+            node.replace_all_uses_with(part)
+    for node in nodes:
+        graph.erase_node(node)
