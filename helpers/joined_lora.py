@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 MOST_ROWS = 256  # of a factor; larger matrices are no gain
@@ -50,9 +51,9 @@ def _is_small(node: fx.Node) -> bool:
 
 
 def _read(x: fx.Node) -> tuple:
-    """What a layer reads: PEFT converts the tensor anew for each."""
-    if x.op == "call_method" and x.target == "to" and len(x.args) == 2 and not x.kwargs:
-        return x.args
+    """What a layer reads, and in which dtype: PEFT converts the tensor anew for each."""
+    if x.op == "call_method" and x.target == "to" and len(x.args) == 1 and x.kwargs.keys() == {"dtype"}:
+        return x.args[0], x.kwargs["dtype"]
     return x, None
 
 
@@ -62,7 +63,7 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     def call(function: Callable, *args: Any) -> fx.Node:
         node = graph.call_function(function, args)
         given = fx.node.map_arg(args, lambda n: n.meta["example_value"])
-        with torch.no_grad():
+        with enable_python_dispatcher(), torch.no_grad():  # sizes are symbols
             node.meta["example_value"] = function(*given)
         return node
 
