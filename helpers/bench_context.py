@@ -170,14 +170,10 @@ def bench(
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     order = [(cap, shape, contender) for cap in caps for shape in shapes for contender in contenders]
 
-    def attempt(probe: Probe, weights: Path, gpus: queue.Queue[str]) -> dict[str, Any]:
+    def attempt(probe: Probe, scratch: str, gpu: str) -> dict[str, Any]:
         if time.monotonic() > until:
             return {}
-        gpu = gpus.get()
-        try:
-            found = start_probe(probe, weights, limit_s, gpu)
-        finally:
-            gpus.put(gpu)
+        found = start_probe(probe, Path(scratch, probe.shape), limit_s, gpu)
         with lock:
             probes.append(asdict(probe) | found)
             write_rows(probes, out / "context_probes.csv")
@@ -185,19 +181,24 @@ def bench(
                   flush=True)  # fmt: skip
         return found
 
-    def search(key: tuple[str, str, str], weights: Path, gpus: queue.Queue[str]) -> None:
-        cap, shape, contender = key
+    def search(cap: str, shape: str, contender: str, scratch: str, gpus: queue.Queue[str]) -> None:
         gib, dtype = CAPS[cap]
         with lock:  # the next contender's end is not far from this one's
             ends = [row["tokens"] for (*case, _), row in rows.items() if case == [cap, shape] and row["tokens"]]
-        tokens, known, error = longest(
-            lambda length: attempt(Probe(shape, contender, gib, dtype, length), weights, gpus), gib, grid,
-            ends[-1] if ends else START,
-        )  # fmt: skip
+        gpu = gpus.get()
+        try:
+            tokens, known, error = longest(
+                lambda length: attempt(Probe(shape, contender, gib, dtype, length), scratch, gpu), gib, grid,
+                ends[-1] if ends else START,
+            )  # fmt: skip
+        finally:
+            gpus.put(gpu)
         with lock:
-            rows[key] = {"shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
-                         "tokens": tokens, "next_does_not_fit": known, "error": error}  # fmt: skip
-            write_rows([rows[k] for k in order if k in rows], out / "context_bench.csv")
+            rows[cap, shape, contender] = {
+                "shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
+                "tokens": tokens, "next_does_not_fit": known, "error": error,
+            }  # fmt: skip
+            write_rows([rows[key] for key in order if key in rows], out / "context_bench.csv")
 
     with tempfile.TemporaryDirectory(prefix="context-", ignore_cleanup_errors=True) as scratch:
         for shape in shapes:
@@ -208,8 +209,9 @@ def bench(
             for gpu in _gpus() * places(CAPS[cap][0] + CONTEXT_GIB, cores=4):
                 gpus.put(gpu)
             with ThreadPoolExecutor(gpus.qsize()) as pool:
-                keys = [key for key in order if key[0] == cap]
-                list(pool.map(lambda key, gpus=gpus: search(key, Path(scratch, key[1]), gpus), keys))
+                searches = [pool.submit(search, *key, scratch, gpus) for key in order if key[0] == cap]
+            for done in searches:
+                done.result()  # raises what it raised
     found = [rows[key] for key in order]
     draw(found, out / "context_bench.png")
     return found

@@ -91,10 +91,10 @@ def compile_model(
             stack.enter_context(without_cudnn())
         if torch.cuda.is_available():  # FSDP2's blocks and the halves of layers are traced within too
             stack.enter_context(fused_rotary(base))
-        # Fused kernels round where eager's do, so that the loss is eager's.
-        stack.enter_context(torch._inductor.config.patch(emulate_precision_casts=True))
-        stack.enter_context(torch._inductor.config.patch(joint_custom_pre_pass=RecomputeAll()))
-        stack.enter_context(torch._inductor.config.patch(pre_grad_custom_pass=JoinLoRA()))
+        stack.enter_context(torch._inductor.config.patch(
+            emulate_precision_casts=True,  # fused kernels round where eager's do, so that the loss is eager's
+            joint_custom_pre_pass=RecomputeAll(), pre_grad_custom_pass=JoinLoRA(),
+        ))  # fmt: skip
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
         if max_autotune:

@@ -161,6 +161,12 @@ def expected(config: Any, args: TrainArguments, lengths: Sequence[int]) -> Memor
     return max(longest, _memory(s, args, dtype.itemsize, rows, few), key=lambda memory: memory.total)
 
 
+def inputs_wait(s: Shapes, args: TrainArguments) -> bool:
+    """Whether a run on a GPU, with decided ``args``, lets its layers' inputs wait in host memory."""
+    able = args.compile and args.checkpointing and s.halved
+    return able and (not args.fsdp2 if args.offload is None else args.offload)
+
+
 def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int) -> Memory:
     tokens = rows * length
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if args.fsdp2 else 1
@@ -185,8 +191,7 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     # Gradients and recomputed values of the feed-forward part that live at once; compiled, as counted on an H100.
     feed_forward = (7 if args.compile else 2) * width * s.feed_forward * tokens
     if args.checkpointing and args.compile and s.halved:
-        waits = not args.fsdp2 if args.offload is None else args.offload
-        saved = (2 if waits else s.layers) * width * s.hidden * tokens  # two are on their way
+        saved = (2 if inputs_wait(s, args) else s.layers) * width * s.hidden * tokens  # two are on their way
         work += tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # of attention, and what joins the halves
         wanted = FEW_PARTS if args.fsdp2 else PARTS
         feed_forward = 11 * width * s.feed_forward * max(parts(tokens, wanted))

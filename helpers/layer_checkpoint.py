@@ -59,11 +59,6 @@ def can_be_halved(layer: nn.Module) -> bool:
     return bool(kind & KNOWN) and not dropout and not getattr(layer.self_attn, "attention_dropout", 0)
 
 
-def is_known(model_type: str) -> bool:
-    """Whether layers of a configuration's ``model_type`` are among the `KNOWN`."""
-    return f"{model_type}decoderlayer" in {name.lower() for name in KNOWN}
-
-
 def generates(kwargs: dict[str, Any]) -> bool:
     """Whether a layer is called with a cache: ``past_key_values`` in transformers 5.17, ``cache`` later."""
     return any(isinstance(value, Cache) for value in kwargs.values())

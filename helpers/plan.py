@@ -16,9 +16,8 @@ import torch
 
 from . import checkpoints
 from .attention import Case, choose
-from .expected_memory import capability, expected, row_lengths
+from .expected_memory import capability, expected, inputs_wait, row_lengths, shapes_of
 from .instruction_data import load_instructions
-from .layer_checkpoint import is_known
 from .memory import GIB
 
 if TYPE_CHECKING:
@@ -69,8 +68,8 @@ def parts(asked: TrainArguments, args: TrainArguments, config: Any) -> list[tupl
     waits = "layers' inputs wait in host memory"
     offload = switched("offload", waits)
     if args.offload is None and gpu and args.compile and args.checkpointing and not args.fsdp2:
-        known = is_known(text.model_type)
-        offload = ("on", waits) if known else ("off", f"the layers of {text.model_type} are none that do so")
+        able = inputs_wait(shapes_of(config, getattr(torch, args.dtype), args.lora_rank), args)
+        offload = ("on", waits) if able else ("off", f"the layers of {text.model_type} are none that do so")
     return [
         ("device", torch.cuda.get_device_name() if gpu else "CPU", f"capability {major}.{minor}" if gpu else "no GPU"),
         ("dtype", args.dtype, why("dtype", "what this GPU computes in" if gpu else "rounding gains nothing on a CPU")),

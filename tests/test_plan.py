@@ -217,6 +217,19 @@ def test_plan_loads_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "dropout", "on"), [({}, 0.0, True), ({}, 0.1, False), ({"offload": False}, 0.0, False)]
+)
+def test_a_gpu_has_layers_inputs_wait_where_the_layers_are_known(more, dropout, on, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(plan, "capability", lambda: (9, 0))
+    config, _, _ = plan.config_of("shape:tiny")
+    config.attention_dropout = dropout
+    args = TrainArguments(dtype="bfloat16", nf4="triton", loss="chunked", compile=True, cuda_graphs=False, **more)
+    assert {name: what for name, what, _ in plan.parts(args, args, config)}["offload"] == ("on" if on else "off")
+
+
 def test_a_model_of_another_kind_is_named(tmp_path):
     from transformers import GPT2Config
 
