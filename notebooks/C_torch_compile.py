@@ -395,14 +395,15 @@ save_figure(fig, "C_memory", rows)
 # %% [markdown]
 # At the shape of Llama 3.2 1B with random weights, rows of 200 to 1024 tokens padded, batch 2 x 4, LoRA of rank 32. What costs
 # the eager step its time is not arithmetic: the GPU is busy for a fraction of it. cuDNN's attention plans anew for every
-# length, cuBLAS looks for kernels for every new size, and Python launches each kernel. So the compiled model leaves cuDNN
-# out and pads to lengths that recur; *graphs* records a step of each length and replays it in two launches.
+# length, cuBLAS looks for kernels for every new size, and Python launches each kernel. So the compiled model pads to lengths
+# that recur; *graphs* records a step of each length and replays it in two launches. *Offload* lets what a layer got wait in
+# host memory until its backward pass, as Unsloth's checkpointing does. The peak counts all that recorded graphs hold.
 
 # %%
 import tempfile
 
 if BENCH_STEPS and not host.rehearsing_t4():  # a rehearsal says nothing of speed
-    variants = ("eager", "compiled", "compiled+checkpointing", "compiled+graphs", "compiled+checkpointing+graphs")
+    variants = ("eager", "compiled", "compiled+checkpointing", "compiled+graphs", "compiled+checkpointing+offload+graphs")
     fresh = os.environ | {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp()}  # so that what compiles first compiles cold
     command = [sys.executable, "-m", "helpers.bench_compile", "--out", str(results.folder / "C_bench")]
     for more in (["--variants", ",".join(variants), "--steps", str(BENCH_STEPS), "--profile", str(BENCH_STEPS)],
