@@ -306,11 +306,8 @@ def _flash_attention(q, k, v, mask, scale, softcap, dropout):
             options["window_size"] = window
         else:
             options["is_causal"] = mask.causal
-        if k.shape[1] != heads:
-            if _varlen_has("enable_gqa"):
-                options["enable_gqa"] = True
-            else:
-                k, v = _expanded(q, k), _expanded(q, v)
+        if k.shape[1] != heads and _varlen_has("enable_gqa"):  # earlier releases share heads without being told to
+            options["enable_gqa"] = True
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(q, k, v, cu_q, cu_k, q_len, kv_len, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -25,8 +26,10 @@ from .joined_lora import JoinLoRA
 from .layer_checkpoint import attention_half, can_be_halved, checkpointed, feed_forward_half, generates
 from .replaced import called_as
 from .rotary import fused_rotary
+from .summed_products import SumProducts, adds_products
 
 PAD_TO = 128  # tokens
+ATTENTION = re.compile("attention|attn")  # in the names of all operations that compute it
 # transformers 5.17 checkpoints in the layer's __call__, later releases in its forward.
 CHECKPOINTS_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -93,7 +96,8 @@ def compile_model(
             stack.enter_context(fused_rotary(base))
         stack.enter_context(torch._inductor.config.patch(
             emulate_precision_casts=True,  # fused kernels round where eager's do, so that the loss is eager's
-            joint_custom_pre_pass=RecomputeAll(), pre_grad_custom_pass=JoinLoRA(),
+            joint_custom_pre_pass=Recomputed(), pre_grad_custom_pass=JoinLoRA(),
+            post_grad_custom_post_pass=None if max_autotune else SumProducts(),  # a Triton product adds by itself
         ))  # fmt: skip
         if save_less:
             stack.enter_context(torch._functorch.config.patch(aggressive_recomputation=True))
@@ -117,23 +121,28 @@ def compile_model(
             compiled.active = False
 
 
-class RecomputeAll(CustomGraphPass):
-    """Marks all that a checkpoint's forward pass does as to be done again.
+class Recomputed(CustomGraphPass):
+    """Says what a backward pass does again: within a checkpoint all that the forward pass did, elsewhere no attention.
 
     Up to torch 2.11 at least, what an autograd.Function does inside a checkpoint carries no mark: the outputs of every
-    4-bit layer, nearly all of the activations, would be kept.
+    4-bit layer, nearly all of the activations, would be kept. And the partitioner's list of what is too dear to be done
+    again has neither cuDNN's attention nor that of packed rows. A sum of products is kept rather than the products.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         marked = [node.meta for node in graph.nodes if "recompute" in node.meta]
-        for node in graph.nodes if marked else ():
+        for node in graph.nodes:
             forward = node.meta.get("partitioner_tag") not in ("is_backward", "must_be_in_backward")
-            if node.op == "call_function" and forward and "recompute" not in node.meta:
+            if node.op != "call_function" or not forward:
+                continue
+            if marked and "recompute" not in node.meta:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 node.meta["ac_graph_id"] = marked[0].get("ac_graph_id", 0)
+            elif not marked and (ATTENTION.search(str(node.target)) or adds_products(node)):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> str:
-        return "qlora: recompute all, 1"
+        return "qlora: recomputed, 2"
 
 
 @contextlib.contextmanager

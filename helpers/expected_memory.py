@@ -21,7 +21,7 @@ from . import checkpoints
 from .attention import device_capability
 from .compiled_loss import chunk_rows
 from .compiling import PAD_TO
-from .layer_checkpoint import FEW_PARTS, PARTS, can_be_halved, parts
+from .layer_checkpoint import can_be_halved, parts
 from .linear_loss import COMPILE_LOGITS
 from .linear_plan import FROZEN_LOGITS, LEAST_ROWS
 
@@ -193,8 +193,7 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     if args.checkpointing and args.compile and s.halved:
         saved = (2 if inputs_wait(s, args) else s.layers) * width * s.hidden * tokens  # two are on their way
         work += tokens * width * (2 * s.query + 2 * s.key + 3 * s.hidden)  # of attention, and what joins the halves
-        wanted = FEW_PARTS if args.fsdp2 else PARTS
-        feed_forward = 11 * width * s.feed_forward * max(parts(tokens, wanted))
+        feed_forward = 6 * width * s.feed_forward * max(parts(tokens))
         feed_forward += 2 * width * s.largest * (args.nf4 != "bitsandbytes")  # its three weights are decoded once
     elif args.checkpointing:
         saved, work = s.layers * width * s.hidden * tokens, work + layer + casts // s.layers

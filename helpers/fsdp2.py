@@ -40,7 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compiled_loss import gather_head
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
-from .layer_checkpoint import FEW_PARTS, attention_half, can_be_halved, feed_forward_half, generates
+from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half, generates
 from .layer_checkpoint import checkpointed as by_halves
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
@@ -296,7 +296,7 @@ def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
             return block_forward(forward, block, args, kwargs)
         if checkpointed and halved and block.training and torch.is_grad_enabled():
             return by_halves(
-                block, *args, kwargs, first=first, second=second, wanted=FEW_PARTS,
+                block, *args, kwargs, first=first, second=second,
                 whole=lambda hidden: region(forward, block, (hidden,), kwargs),
             )  # fmt: skip
         return region(forward, block, args, kwargs)

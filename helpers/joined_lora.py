@@ -1,8 +1,10 @@
-"""One product for the LoRA layers that read one tensor, in graphs that Inductor compiles.
+"""Fewer and narrower operations of LoRA layers, in graphs that Inductor compiles.
 
 q, k and v read the same hidden state, and so do gate and up. LoRA's first factors are a few rows each: joined, they
 read it once instead of three times, in forward and again for their own gradients, and what they add to the hidden
-state's gradient is summed within a product. It is the same sum, of products that may round in another order.
+state's gradient is summed within a product. And LoRA's scale multiplies what the second factor makes, as wide as the
+layer; here it multiplies what that factor reads, a few columns, and so does its gradient. The sums are the same, of
+products that may round in another order.
 """
 
 from __future__ import annotations
@@ -35,19 +37,24 @@ class JoinLoRA(CustomGraphPass):
         for nodes in groups.values():
             if len(nodes) > 1:
                 _join(graph, nodes)
+        for node in graph.find_nodes(op="call_function", target=operator.mul):
+            _scale_before(graph, node)
 
     def uuid(self) -> str:
-        return "qlora: join LoRA, 1"
+        return "qlora: join LoRA, 2"
 
 
 def _is_small(node: fx.Node) -> bool:
     """Whether ``node`` is a product with few rows of a weight that the graph is given, and nothing added."""
+    return _is_plain(node) and node.args[1].meta["example_value"].shape[0] <= MOST_ROWS
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether ``node`` is a product with a weight that the graph is given, and nothing added."""
     if node.op != "call_function" or node.target is not LINEAR or node.kwargs or len(node.args) not in (2, 3):
         return False
     x, weight, *bias = node.args
-    if any(b is not None for b in bias) or not isinstance(x, fx.Node) or weight.op != "placeholder":
-        return False
-    return weight.meta["example_value"].shape[0] <= MOST_ROWS
+    return not any(b is not None for b in bias) and isinstance(x, fx.Node) and weight.op == "placeholder"
 
 
 def _read(x: fx.Node) -> tuple:
@@ -77,3 +84,21 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             node.replace_all_uses_with(part)
     for node in nodes:
         graph.erase_node(node)
+
+
+def _scale_before(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace ``linear(x, weight) * scale`` by ``linear(x * scale, weight)`` where x is the narrower side."""
+    product, scale = node.args
+    narrow = isinstance(product, fx.Node) and product.target is LINEAR and len(product.users) == 1
+    if not (narrow and isinstance(scale, float | int) and _is_plain(product)):
+        return
+    x, weight, *_ = product.args
+    out, inner = weight.meta["example_value"].shape
+    if inner > min(out, MOST_ROWS):
+        return
+    with graph.inserting_before(product):
+        scaled = graph.call_function(operator.mul, (x, scale))
+        scaled.meta["example_value"] = x.meta["example_value"]
+    product.replace_input_with(x, scaled)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy
 
 from helpers import checkpoints
 from helpers.attention_transformers import register
 from helpers.compile_counter import CompileCounter
-from helpers.compiling import RecomputeAll, compile_model, triton_matmul_on_small_gpus
+from helpers.compiling import Recomputed, compile_model, triton_matmul_on_small_gpus
 from helpers.memory import peak_gib, reset_peak
 from helpers.step_graphs import StepGraphs, _Step
 
@@ -184,12 +185,22 @@ def test_what_a_checkpoint_did_is_all_marked_to_be_done_again():
     marked, unmarked, backward = (graph.call_function(torch.ops.aten.sin.default, (x,)) for _ in range(3))
     marked.meta |= {"recompute": 1, "ac_graph_id": 3}
     backward.meta["partitioner_tag"] = "is_backward"
-    RecomputeAll()(graph)
+    Recomputed()(graph)
     assert unmarked.meta["ac_graph_id"] == 3 and "recompute" in unmarked.meta
     assert "recompute" not in backward.meta and "recompute" not in x.meta
     del marked.meta["recompute"], unmarked.meta["recompute"]
-    RecomputeAll()(graph)
+    Recomputed()(graph)
     assert "recompute" not in unmarked.meta, "there is no checkpoint in this graph"
+
+
+def test_attention_is_not_done_again_where_nothing_is_checkpointed():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    attention = graph.call_function(torch.ops.aten._scaled_dot_product_cudnn_attention.default, (x, x, x, None, True))
+    backward = graph.call_function(torch.ops.aten._scaled_dot_product_cudnn_attention.default, (x, x, x, None, True))
+    backward.meta["partitioner_tag"] = "is_backward"
+    Recomputed()(graph)
+    assert attention.meta["recompute"] is CheckpointPolicy.MUST_SAVE and "recompute" not in backward.meta
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

@@ -107,7 +107,7 @@ def test_the_feed_forward_half_sees_a_part_of_the_tokens_at_a_time(monkeypatch):
 
     layer.mlp.forward = watched
     step(layer, hidden, by_halves(layer, kwargs))
-    assert sum(seen) == 22 and len(seen) == 4 and most == max(seen)
+    assert sum(seen) == 22 and len(seen) == 2 and most == max(seen)
 
 
 def test_four_bit_weights_of_the_feed_forward_half_are_decoded_once(monkeypatch):
@@ -136,11 +136,10 @@ def test_four_bit_weights_of_the_feed_forward_half_are_decoded_once(monkeypatch)
 
 
 @pytest.mark.parametrize("tokens", [1, 511, 512, 513, 2048, 4096, 8191, 100_000])
-@pytest.mark.parametrize("wanted", [2, 4])
-def test_parts_are_nearly_equal_and_bounded(tokens, wanted):
-    sizes = parts(tokens, wanted)
+def test_parts_are_nearly_equal_and_bounded(tokens):
+    sizes = parts(tokens)
     assert sum(sizes) == tokens and max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= max(512, min(-(-tokens // wanted), 2048)) and min(sizes) >= min(tokens, 256)
+    assert max(sizes) <= max(512, min(-(-tokens // 2), 2048)) and min(sizes) >= min(tokens, 256)
 
 
 def test_layers_that_are_not_known_or_draw_random_numbers_stay_whole():
