@@ -34,9 +34,9 @@ from .ranks import places
 from .results import write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
-CAPS = {"T4": (14.7, "float16"), "H100": (80.0, "bfloat16")}  # GiB (at most the card's own), compute dtype
+# GiB (at most the card's own), compute dtype, and tokens of the first probe.
+CAPS = {"T4": (14.7, "float16", 2048), "H100": (80.0, "bfloat16", 16384)}
 GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
-START = 2048
 PROBE = ["-m", "helpers.bench_context", "--probe"]
 
 
@@ -119,7 +119,7 @@ def answer_of(out: str, err: str) -> dict[str, Any]:
 
 
 def longest(
-    attempt: Callable[[int], dict[str, Any]], cap_gib: float, grid: Sequence[int] = GRID, start: int = START
+    attempt: Callable[[int], dict[str, Any]], cap_gib: float, grid: Sequence[int] = GRID, start: int = CAPS["T4"][2]
 ) -> tuple[int, bool, str]:
     """Search ``grid`` for the longest length that fits.
 
@@ -182,14 +182,14 @@ def bench(
         return found
 
     def search(cap: str, shape: str, contender: str, scratch: str, gpus: queue.Queue[str]) -> None:
-        gib, dtype = CAPS[cap]
+        gib, dtype, start = CAPS[cap]
         with lock:  # the next contender's end is not far from this one's
             ends = [row["tokens"] for (*case, _), row in rows.items() if case == [cap, shape] and row["tokens"]]
         gpu = gpus.get()
         try:
             tokens, known, error = longest(
                 lambda length: attempt(Probe(shape, contender, gib, dtype, length), scratch, gpu), gib, grid,
-                ends[-1] if ends else START,
+                ends[-1] if ends else start,
             )  # fmt: skip
         finally:
             gpus.put(gpu)

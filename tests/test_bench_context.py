@@ -76,7 +76,7 @@ def test_a_probe_trains_two_steps_of_that_length(tmp_path, monkeypatch):
 def test_bench_writes_its_tables_and_figure(tmp_path, monkeypatch):
     """A probe's process is real; what the stock contender needs, a GPU, is its error, before it reads weights."""
     monkeypatch.setattr(bench_context, "SAVE", "import sys, pathlib; pathlib.Path(sys.argv[2]).mkdir()")
-    monkeypatch.setitem(bench_context.CAPS, "T4", (14.7, "float32"))
+    monkeypatch.setitem(bench_context.CAPS, "T4", (14.7, "float32", 2048))
     monkeypatch.setattr(bench_context.importlib.util, "find_spec", lambda name: None)
     start, ours = bench_context.start_probe, memory(1.0, 0.001, 14.7, [])
     monkeypatch.setattr(
@@ -101,7 +101,7 @@ def test_searches_go_side_by_side_where_there_is_memory(tmp_path, monkeypatch):
     both, seen, ours = threading.Barrier(2, timeout=60), [], memory(1.0, 0.001, 14.7, [])
 
     def probed(probe, weights, limit_s, gpu):
-        if probe.length == bench_context.START:
+        if probe.length == bench_context.CAPS["T4"][2]:
             both.wait()  # one after the other, nobody would come
         seen.append(gpu)
         return ours(probe.length)
