@@ -164,8 +164,9 @@ def decode_grid(rows: Rows, rounds: int) -> None:
         for dtype in DTYPES:
             bytes_ = math.prod(shape) * 2.516
             inputs = [random_weight(*shape, dtype) for _ in range(max(3, math.ceil(200e6 / bytes_)))]
-            times = gpu_times(contenders | tiles, inputs, rounds)
-            times["ceiling"] = min(times.pop(name) for name in tiles)
+            tried = gpu_times(tiles, inputs, rounds)
+            best = {"ceiling": tiles[min(tried, key=tried.get)]}  # timed anew: the least of several medians is too low
+            times = gpu_times(contenders | best, inputs, 3 * rounds)
             for name, value in times.items():
                 rows.add("decode, GPU time", f"{shape[0]}x{shape[1]}", dtype, name, value, "us")
                 rows.add("decode, bandwidth", f"{shape[0]}x{shape[1]}", dtype, name, bytes_ / value / 1e3, "GB/s")
@@ -277,10 +278,16 @@ def compiled_mlp(rows: Rows, rounds: int) -> None:
         def eager(x, mlp=mlp):
             return mlp.forward_with(x, dequantize_nf4)
 
+        for dimension in (0, 1):  # dynamic=True would make a symbol of each number in a quant state
+            torch._dynamo.mark_dynamic(x, dimension)
+        for layer in mlp.children():
+            state = layer.weight.quant_state
+            for tensor in (state.absmax, state.offset, state.state2.absmax, state.state2.code):
+                torch._dynamo.mark_static_address(tensor)  # no parameter, so a graph would copy it before each replay
         functions = {
             "eager": eager,
-            "compiled": torch.compile(eager, fullgraph=True, dynamic=True),
-            "compiled, CUDA graph": torch.compile(eager, fullgraph=True, dynamic=True, mode="reduce-overhead"),
+            "compiled": torch.compile(eager, fullgraph=True),
+            "compiled, CUDA graph": torch.compile(eager, fullgraph=True, mode="reduce-overhead"),
         }
         for function in functions.values():
             torch.testing.assert_close(function(x), eager(x), rtol=2e-2, atol=2e-2)
