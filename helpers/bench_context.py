@@ -242,8 +242,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             bars = axis.bar(places, [row["tokens"] for row in mine], 0.23, label=contender)
             said = [f"{row['tokens']:,}" + ("" if row["next_does_not_fit"] else "+") for row in mine]
             axis.bar_label(bars, said, fontsize=8)
-        axis.set(xticks=range(len(shapes)), xticklabels=shapes, ylabel="tokens", yscale="symlog",
+        axis.set(xticks=range(len(shapes)), xticklabels=shapes, ylabel="tokens",
                  title=f"Longest sequence at batch 1 in {CAPS[cap][0]} GiB, {CAPS[cap][1]}")  # fmt: skip
+        axis.margins(y=0.12)
         axis.legend()
     fig.tight_layout()
     fig.savefig(path, dpi=150)
