@@ -90,9 +90,9 @@ def varlen_on_the_cpu(monkeypatch):
         bound.apply_defaults()
         given = bound.arguments
         q, k, v = (given[name] for name in ("query", "key", "value"))
-        groups, scale = q.shape[1] // k.shape[1], given["scale"] or q.shape[-1] ** -0.5
+        groups, scale = q.shape[1] // k.shape[1], given.get("scale") or q.shape[-1] ** -0.5
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        mask = given["cu_seq_q"], given["cu_seq_k"], scale, given["is_causal"], given["window_size"]
+        mask = given["cu_seq_q"], given["cu_seq_k"], scale, given["is_causal"], given.get("window_size", (-1, -1))
         return given.get("grad_out"), q, k, v, weights(q, k, *mask), groups, scale
 
     @varlen._varlen_attn.register_kernel("cpu")
