@@ -170,8 +170,9 @@ def compiled_regions(model: torch.nn.Module, args: TrainArguments) -> Iterator[d
     from .compiling import compile_model
 
     backend = "eager" if args.fsdp2 and not torch.cuda.is_available() else "inductor"  # as FSDP2's blocks
+    offload = args.checkpointing and args.offload
     with compile_model(
-        model, sharded=args.fsdp2, backend=backend, cuda_graphs=args.cuda_graphs, offload=args.offload
+        model, sharded=args.fsdp2, backend=backend, cuda_graphs=args.cuda_graphs, offload=offload
     ) as compiled:
         yield compiled.parts
 

@@ -11,7 +11,8 @@ import tempfile
 import pytest
 
 import helpers.compiling
-from helpers.train import TrainArguments, train
+from helpers.compiled_loss import CompiledModel
+from helpers.train import TrainArguments, compiled_regions, train
 
 SWITCHES = {
     "nf4": ("bitsandbytes", "triton"),
@@ -91,3 +92,12 @@ def test_inputs_in_host_memory_change_no_loss():
     run = ("bitsandbytes", "chunked", "sdpa", True, True, False)
     found, first_line = losses(run, offload=True)
     assert found == losses(run)[0] and "layer inputs (in host memory)" in first_line
+
+
+@pytest.mark.parametrize(("checkpointing", "offload"), [(True, None), (False, False)])
+def test_only_a_checkpointed_layers_input_waits(checkpointing, offload, monkeypatch):
+    given = {}
+    done = contextlib.nullcontext(CompiledModel())
+    monkeypatch.setattr(helpers.compiling, "compile_model", lambda model, **how: given.update(how) or done)
+    with compiled_regions(None, TrainArguments(compile=True, checkpointing=checkpointing)):
+        assert given["offload"] is offload
