@@ -5,20 +5,33 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch._dynamo.backends import debugging
 from transformers import TrainerCallback
 
 from helpers import attention_transformers, checkpoints, expected_memory, plan
 from helpers.chunked_head import chunked_loss
-from helpers.compiling import compile_model
+from helpers.compiling import Recomputed, compile_model
 from helpers.memory import GIB
 from helpers.train import main, train
 from helpers.train_arguments import TrainArguments, decided, sft_config
 
 TOKENS = (2, 48)
+
+
+def partition_as_inductor_does():
+    """Inductor's pass over the joint graph before it is partitioned, in a backend that compiles nothing."""
+    partition = debugging.min_cut_rematerialization_partition
+
+    def changed(joint, *args, **kwargs):
+        Recomputed()(joint.graph)
+        return partition(joint, *args, **kwargs)
+
+    return mock.patch.object(debugging, "min_cut_rematerialization_partition", changed)
 
 
 def kept_bytes(shape: str, compiled: bool) -> int:
@@ -40,7 +53,7 @@ def kept_bytes(shape: str, compiled: bool) -> int:
 
     ids = torch.randint(3, 500, TOKENS)
     region = compile_model(model, backend="aot_eager_decomp_partition", pad_to=1) if compiled else chunked_loss(model)
-    with region, torch.autocast("cpu", torch.bfloat16):
+    with region, partition_as_inductor_does(), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # compiles
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -59,11 +72,11 @@ def test_a_layer_keeps_what_the_formula_says(compiled, monkeypatch):
     tokens = TOKENS[0] * TOKENS[1]
     expected = s.layers * tokens * expected_memory.saved_bytes(s, 2, 8, compiled=compiled, shared_heads=False)
     expected += 2 * tokens * s.hidden + 4 * TOKENS[1] * s.head_dim  # the loss's gradient, cosines and sines
-    if compiled:  # the CPU's attention is made again, its output and sums with it
-        expected -= s.layers * tokens * (2 * s.query + 4 * s.heads)
-    else:  # the adapters as autocast casts them, and the final norm
+    if not compiled:  # the adapters as autocast casts them, and the final norm
         expected += 2 * s.adapters + 4 * tokens * s.hidden
-    assert kept_bytes("wide", compiled) == pytest.approx(expected, rel=0.01)
+    # torch 2.10 keeps the decoded statistics of a weight besides, for bitsandbytes' operator on the CPU.
+    tolerance = 0.01 if torch.__version__ >= (2, 11) else 0.06
+    assert kept_bytes("wide", compiled) == pytest.approx(expected, rel=tolerance)
 
 
 class StepPeak(TrainerCallback):
