@@ -26,7 +26,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
 from . import host, nf4_linear
-from .nf4 import dequantize_nf4, empty_strided
+from .nf4 import dequantize_nf4, empty_strided, statistics_of
 from .nf4_baselines import (
     Decoder,
     bare_launch,
@@ -281,8 +281,7 @@ def compiled_mlp(rows: Rows, rounds: int) -> None:
         for dimension in (0, 1):  # dynamic=True would make a symbol of each number in a quant state
             torch._dynamo.mark_dynamic(x, dimension)
         for layer in mlp.children():
-            state = layer.weight.quant_state
-            for tensor in (state.absmax, state.offset, state.state2.absmax, state.state2.code):
+            for tensor in statistics_of(layer.weight.quant_state):
                 torch._dynamo.mark_static_address(tensor)  # no parameter, so a graph would copy it before each replay
         functions = {
             "eager": eager,

@@ -89,8 +89,9 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 def _scale_before(graph: fx.Graph, node: fx.Node) -> None:
     """Replace ``linear(x, weight) * scale`` by ``linear(x * scale, weight)`` where x is the narrower side."""
     product, scale = node.args
-    narrow = isinstance(product, fx.Node) and product.target is LINEAR and len(product.users) == 1
-    if not (narrow and isinstance(scale, float | int) and _is_plain(product)):
+    if not (isinstance(product, fx.Node) and _is_plain(product) and len(product.users) == 1):
+        return
+    if not isinstance(scale, float | int):
         return
     x, weight, *_ = product.args
     out, inner = weight.meta["example_value"].shape

@@ -130,8 +130,8 @@ def _hooked() -> bool:
     return bool(enter.calls or leave.calls)
 
 
-def _statistics(quant_state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """absmax, code2, absmax2, offset; without double quantization the kernel does not read the last three."""
+def statistics_of(quant_state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A QuantState's absmax, code2, absmax2, offset; without double quantization the kernel reads the first alone."""
     absmax, state2 = quant_state.absmax, quant_state.state2
     if state2 is None:
         return absmax, absmax, absmax, absmax
@@ -144,11 +144,11 @@ def _plan(launch: _Launch, weight: torch.Tensor, quant_state) -> None:
     shape, dtype, blocksize, kind = quant_state.shape, quant_state.dtype, quant_state.blocksize, quant_state.quant_type
     size, device, held, index = tuple(shape), weight.device, weight.shape, weight.device.index
     key, one_gpu = id(quant_state), torch.cuda.device_count() < 2
-    absmax_, code2_, absmax2_, offset_ = map(weakref.ref, _statistics(quant_state))
+    absmax_, code2_, absmax2_, offset_ = map(weakref.ref, statistics_of(quant_state))
     owner = weakref.ref(quant_state, lambda _, plans=_PLANS: plans.pop(key, None))
 
     def plan(weight: torch.Tensor, state) -> torch.Tensor | None:
-        absmax, code2, absmax2, offset = _statistics(state)
+        absmax, code2, absmax2, offset = statistics_of(state)
         if (
             owner() is not state
             or absmax_() is not absmax or code2_() is not code2 or absmax2_() is not absmax2 or offset_() is not offset
@@ -207,7 +207,7 @@ def _launch_jit(
 
 def _dequantize_eager(weight: torch.Tensor, quant_state, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`_dequantize` without the dispatcher, which would cost about as much as the kernel of a small weight."""
-    statistics = absmax, code2, absmax2, offset = _statistics(quant_state)
+    statistics = absmax, code2, absmax2, offset = statistics_of(quant_state)
     blocksize2 = None if quant_state.state2 is None else quant_state.state2.blocksize
     shape, device = tuple(quant_state.shape), weight.device
     key = (

@@ -44,11 +44,11 @@ class SumProducts(CustomGraphPass):
             if adds_products(node):
                 total, other = sorted(map(_product, node.args), key=lambda p: (not _added(p), _inner(p)))
                 if not _added(other):
-                    _add_in_place(graph, node, total, other, other.args)
+                    _add_in_place(graph, node, total, other.args)
             elif node.target is aten.addmm.default and not node.kwargs:  # Inductor's, where no fused kernel reads a sum
                 total = _product(node.args[0])
                 if total is not None:
-                    _add_in_place(graph, node, total, node, node.args[1:])
+                    _add_in_place(graph, node, total, node.args[1:])
 
     def uuid(self) -> str:
         return "qlora: sum products, 1"
@@ -86,25 +86,22 @@ def _inner(product: fx.Node) -> float:
     return inner if isinstance(inner, int) else float("inf")
 
 
-def _add_in_place(graph: fx.Graph, node: fx.Node, total: fx.Node, other: fx.Node, factors: tuple[fx.Node, ...]) -> None:
-    """Have ``node``, the sum of ``total`` and ``other``, read ``total`` after the product of ``factors`` went there."""
-    values = [n.meta["val"] for n in (total, other, node)]
-    terms = [term.meta["val"].shape for term in node.args[: 1 if other is node else 2]]
-    if (
-        len({value.dtype for value in values}) > 1
-        or values[0].shape != values[1].shape
-        or any(shape != values[2].shape for shape in terms)
-    ):
-        return
-    term = next(term for term in node.args if _product(term) is total)
+def _add_in_place(graph: fx.Graph, node: fx.Node, total: fx.Node, factors: tuple[fx.Node, fx.Node]) -> None:
+    """Have ``node``, the sum of ``total`` and the product of ``factors``, read ``total`` after that was added to it."""
+    terms = [term for term in node.args if term not in factors]
+    value, (a, b) = node.meta["val"], (factor.meta["val"] for factor in factors)
+    alike = all(x.shape == value.shape and x.dtype == value.dtype for x in (term.meta["val"] for term in terms))
+    if not alike or total.meta["val"].shape != (a.shape[0], b.shape[1]):
+        return  # broadcast, converted, or two products seen as one shape
+    term = next(term for term in terms if _product(term) is total)
     with graph.inserting_before(node):
         graph.call_function(ADD, (total, *factors))
         whole = total if term is total else graph.call_function(term.target, (total, *term.args[1:]))
-        whole.meta["val"] = values[2]
-    dead = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        whole.meta["val"] = value
     node.replace_all_uses_with(whole)
     graph.erase_node(node)
-    for argument in dead:  # the views that it read, and the other product
-        while argument is not total and not argument.users:
-            argument, gone = argument.args[0], argument
+    for gone in terms:  # the views that it read, and the other product
+        while gone is not total and not gone.users:
+            above = gone.args[0]
             graph.erase_node(gone)
+            gone = above
