@@ -63,7 +63,7 @@ host.environment_table()
 
 # %% [markdown]
 # ## Parameters
-# The defaults are the real run. `STEPS = 0` means 60 on a GPU and 6 without; `GRPO_STEPS = 0` means 6 on a GPU and 3 without.
+# The defaults are the real run. `STEPS = 0` means 60 on a GPU and 6 without; `GRPO_STEPS = 0` means 4 on a GPU and 3 without.
 
 # %% tags=["parameters"]
 MODEL = "auto"
