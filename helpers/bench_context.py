@@ -5,12 +5,14 @@
 For each shape (RANDOM weights), contender and memory a search over lengths a quarter of an octave apart; each probe is
 two optimizer steps (the second has the optimizer's state) with gradient checkpointing in a process of its own, whose
 allocator stops at the memory. Searches go side by side where there is room. Every probe goes to `context_probes.csv` as
-soon as it is measured, each search's end to `context_bench.csv`, and `context_bench.png` is drawn from that.
+soon as it is measured, each search's end to `context_bench.csv`, and `context_bench.png` is drawn from that. Rows that
+lie in that table already and are not searched for again stay: each memory may be measured on a GPU of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import importlib.util
 import json
@@ -35,7 +37,7 @@ from .results import write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
 # GiB (at most the card's own), compute dtype, and tokens of the first probe.
-CAPS = {"T4": (14.7, "float16", 2048), "H100": (80.0, "bfloat16", 16384)}
+CAPS = {"T4": (14.7, "float16", 2048), "H100": (80.0, "bfloat16", 131072)}
 GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
 PROBE = ["-m", "helpers.bench_context", "--probe"]
 
@@ -124,7 +126,7 @@ def longest(
     """Search ``grid`` for the longest length that fits.
 
     From two successes on, their peaks say where the memory ends (it is linear in the length, nearly); before that the
-    length is doubled, and where the guess is used up, what is left is halved.
+    length is doubled, or halved until one fits, and where the guess is used up, what is left is halved.
 
     Args:
         attempt: of a length: ``fits``, ``allocated_gib`` where it does, ``error`` where that was not for memory;
@@ -150,6 +152,8 @@ def longest(
             at = sum(length <= end for length in grid) - 1
         elif high == len(grid):
             at = low + 4  # an octave
+        elif low < 0:
+            at = high - 4
         else:
             at = (low + high) // 2
         at = min(max(at, low + 1), high - 1)
@@ -167,8 +171,9 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     until, lock = time.monotonic() + budget_s, threading.Lock()
     probes: list[dict[str, Any]] = []
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     order = [(cap, shape, contender) for cap in caps for shape in shapes for contender in contenders]
+    rows = {key: row for key, row in _read(out / "context_bench.csv").items() if key not in order}
+    keys = [*rows, *order]
 
     def attempt(probe: Probe, scratch: str, gpu: str) -> dict[str, Any]:
         if time.monotonic() > until:
@@ -198,7 +203,7 @@ def bench(
                 "shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
                 "tokens": tokens, "next_does_not_fit": known, "error": error,
             }  # fmt: skip
-            write_rows([rows[key] for key in order if key in rows], out / "context_bench.csv")
+            write_rows([rows[key] for key in keys if key in rows], out / "context_bench.csv")
 
     with tempfile.TemporaryDirectory(prefix="context-", ignore_cleanup_errors=True) as scratch:
         for shape in shapes:
@@ -212,9 +217,19 @@ def bench(
                 searches = [pool.submit(search, *key, scratch, gpus) for key in order if key[0] == cap]
             for done in searches:
                 done.result()  # raises what it raised
-    found = [rows[key] for key in order]
-    draw(found, out / "context_bench.png")
-    return found
+    draw([rows[key] for key in keys], out / "context_bench.png")
+    return [rows[key] for key in order]
+
+
+def _read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows of an earlier run, by memory, shape and contender."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row["tokens"], row["next_does_not_fit"] = int(row["tokens"]), row["next_does_not_fit"] == "True"
+    return {(row["memory"], row["shape"], row["contender"]): row for row in rows}
 
 
 def _gpus() -> list[str]:

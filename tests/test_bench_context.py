@@ -111,3 +111,18 @@ def test_searches_go_side_by_side_where_there_is_memory(tmp_path, monkeypatch):
     rows = bench_context.bench(["tiny"], ["stock", "ours"], ["T4"], tmp_path, 1, 60, [1024, 2048, 4096])
     assert [row["contender"] for row in rows] == ["stock", "ours"] and {row["tokens"] for row in rows} == {4096}
     assert set(seen) == {"5"}
+
+
+def test_rows_of_another_memory_stay_and_those_searched_for_again_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_context, "SAVE", "pass")
+
+    def searched(per_token, caps):
+        attempt = memory(1.0, per_token, 14.7, [])
+        monkeypatch.setattr(bench_context, "start_probe", lambda probe, *more: attempt(probe.length))
+        bench_context.bench(["tiny"], ["ours"], caps, tmp_path, 1, 60, [1024, 2048, 4096])
+        with open(tmp_path / "context_bench.csv", newline="") as file:
+            return [(row["memory"], row["tokens"], row["next_does_not_fit"]) for row in csv.DictReader(file)]
+
+    assert searched(0.005, ["T4"]) == [("T4", "2048", "True")]
+    assert searched(0.001, ["H100"]) == [("T4", "2048", "True"), ("H100", "4096", "False")]
+    assert searched(0.010, ["T4"]) == [("H100", "4096", "False"), ("T4", "1024", "True")]
