@@ -41,6 +41,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, 8-bit Adam": {},
     "ours, float32 AdamW": {"optimizer": "adamw_torch"},
     "ours, bitsandbytes' linear": {"nf4": "bitsandbytes"},
+    "ours, CUDA graphs": {"cuda_graphs": True},
     "ours, eager": {"compile": False},
     "torch AO's NF4 in ours": {"nf4": "bitsandbytes"},
     "unsloth": {},

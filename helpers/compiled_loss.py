@@ -28,6 +28,7 @@ from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
 from .replaced import called_as, replaced_forward
+from .sharded_steps import agreed, streams_of
 from .step_graphs import StepGraphs
 
 LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
@@ -47,10 +48,27 @@ class CompiledModel:
     most_rows: dict[bool, int] = field(default_factory=dict)  # so far, with gradients and without
 
 
+@dataclass
+class _Batch:
+    """A batch as its step takes it. ``more``: ``position_ids`` or nothing, where it is recorded. ``documents``: those
+    that the recording has room for, 0 where rows are not packed; None: it is not recorded."""
+
+    ids: Tensor
+    labels: Tensor
+    items: Tensor | int
+    more: dict[str, Any]
+    documents: int | None
+
+
 def compile_loss(
-    stack: contextlib.ExitStack, base: nn.Module, decoder: nn.Module, compiled: CompiledModel, compile: Callable
-) -> str:
-    """Make ``base(..., labels=...)`` the fused loss over the hidden states before the final norm."""
+    stack: contextlib.ExitStack, base: nn.Module, decoder: nn.Module, compiled: CompiledModel, compile: Callable,
+    root: nn.Module | None = None,
+) -> str:  # fmt: skip
+    """Make ``base(..., labels=...)`` the fused loss over the hidden states before the final norm.
+
+    Args:
+        root: ``base`` or what is around it, which FSDP2 is going to shard; None: nobody is.
+    """
     head, norm, config = base.get_output_embeddings(), getattr(decoder, "norm", None), base.config
     if config.model_type not in PLAIN_HEADS or type(head) is not nn.Linear or norm is None:
         return f"not compiled: the head of {config.model_type} is not a plain one"
@@ -96,46 +114,92 @@ def compile_loss(
 
     def recorded_loss(inputs: tuple[Tensor, ...], items: Tensor, documents: int, checkpointed: bool) -> Tensor:
         ids, labels, *positions = inputs
+        more = {"position_ids": positions[0]} if documents else {}
+        if root is not None:  # FSDP2's hooks are part of its step
+            return call_root(input_ids=ids, labels=labels, num_items_in_batch=items, room_for=documents, **more).loss
         if compiled.store is not None:
             size = ids.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
             compiled.store.reserve(len(decoder.layers), size)
-        return loss_of(ids, labels, items, documents, **({"position_ids": positions[0]} if documents else {}))
+        return loss_of(ids, labels, items, documents, **more)
 
-    graphs: StepGraphs | None = None
-
-    @functools.wraps(forward)
-    def compiled_forward(
-        input_ids: Tensor | None = None, labels: Tensor | None = None, documents: int | None = None, **kwargs
-    ):
-        nonlocal graphs
+    def is_ours(input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> bool:
         more = any(kwargs.get(name) for name in ("fused_lm_head", "output_hidden_states", "output_attentions"))
-        if not compiled.active or labels is None or input_ids is None or more:
-            if labels is not None:
-                kwargs["labels"] = labels
-            return forward(input_ids=input_ids, **kwargs)
-        items = kwargs.pop("num_items_in_batch", None)
-        kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in ("use_cache", "return_dict")}
-        input_ids, labels = _batch_for_one_graph(compiled, input_ids, labels, kwargs)
+        return compiled.active and labels is not None and input_ids is not None and not more
+
+    def trains(input_ids: Tensor, **kwargs: Any) -> bool:
+        return base.training and torch.is_grad_enabled() and _on_a_gpu(input_ids)
+
+    def batch_of(
+        agree: bool, input_ids: Tensor, labels: Tensor, documents: int | None = None, num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> _Batch:  # fmt: skip
+        items, known = num_items_in_batch, compiled.cuda_graphs or documents is not None
+        more = _given(kwargs)
+        mask = more.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and padded_on_the_right(mask):  # waits, unless `HostChecked` has looked
+            del more["attention_mask"]
+        room = _most_documents(decoder, more, documents) if trains(input_ids) and known else None
+        rows, length = _size_for_one_graph(compiled, input_ids, more)
+        if agree:
+            length, room = agreed(rows, length, room) or (length, None)
+        ids, labels = _padded(input_ids, labels, more, rows, length)
         if items is None:
             items = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         elif torch.is_tensor(items):
-            items = items.to(input_ids.device)
-        trained = base.training and torch.is_grad_enabled() and _on_a_gpu(input_ids)
-        known = compiled.cuda_graphs or documents is not None
-        most = _most_documents(decoder, kwargs, documents) if trained and known else None
-        if most is None or not compiled.cuda_graphs:
-            return CausalLMOutput(loss=loss_of(input_ids, labels, items, most or 0, **kwargs))
-        if graphs is None:
-            few = min(2, decoder.config.num_hidden_layers)  # two, where layers are of two kinds
-            graphs = StepGraphs(
-                recorded_loss, lambda: mock.patch.object(decoder.config, "num_hidden_layers", few),
-                [parameter for parameter in base.parameters() if parameter.requires_grad],
-            )  # fmt: skip
-        inputs = input_ids, labels, *kwargs.values()
-        return CausalLMOutput(loss=graphs(inputs, items, most, decoder.layers[0].gradient_checkpointing))
+            items = items.to(ids.device)
+        return _Batch(ids, labels, items, more, room)
+
+    @functools.cache
+    def graphs() -> StepGraphs:
+        few = min(2, decoder.config.num_hidden_layers)  # two, where layers are of two kinds
+        made = StepGraphs(
+            recorded_loss, lambda: mock.patch.object(decoder.config, "num_hidden_layers", few),
+            [parameter for parameter in base.parameters() if parameter.requires_grad],
+            tuple if root is None else functools.partial(streams_of, root),
+        )  # fmt: skip
+        stack.callback(made.clear)
+        return made
+
+    def replayed(batch: _Batch) -> CausalLMOutput:
+        inputs = batch.ids, batch.labels, *batch.more.values()
+        checkpointed = decoder.layers[0].gradient_checkpointing
+        return CausalLMOutput(loss=graphs()(inputs, batch.items, batch.documents, checkpointed))
+
+    @functools.wraps(forward)
+    def compiled_forward(
+        input_ids: Tensor | None = None, labels: Tensor | None = None, documents: int | None = None,
+        room_for: int | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        if not is_ours(input_ids, labels, **kwargs):
+            if labels is not None:
+                kwargs["labels"] = labels
+            return forward(input_ids=input_ids, **kwargs)
+        if room_for is not None:  # of a step that is being recorded, whose batch is as it shall be
+            items = kwargs.pop("num_items_in_batch")
+            return CausalLMOutput(loss=loss_of(input_ids, labels, items, room_for, **_given(kwargs)))
+        batch = batch_of(False, input_ids, labels, documents, **kwargs)
+        if batch.documents is not None and compiled.cuda_graphs and root is None:
+            return replayed(batch)
+        loss = loss_of(batch.ids, batch.labels, batch.items, batch.documents or 0, **batch.more)
+        return CausalLMOutput(loss=loss)
 
     stack.enter_context(replaced_forward(base, compiled_forward))  # inactive, it passes on
+    if root is not None and compiled.cuda_graphs:
+        call_root = functools.partial(type(root).__call__, root)
+
+        def call(cls: type, module: nn.Module, *args: Any, **kwargs: Any):
+            if not args and is_ours(**kwargs) and trains(**kwargs):
+                batch = batch_of(True, **kwargs)
+                if batch.documents is not None:
+                    return replayed(batch)
+            return cls.__call__(module, *args, **kwargs)
+
+        stack.enter_context(called_as([root], call))
     return "compiled"
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if v is not None and k not in ("use_cache", "return_dict")}
 
 
 def _on_a_gpu(ids: Tensor) -> bool:
@@ -145,7 +209,7 @@ def _on_a_gpu(ids: Tensor) -> bool:
 def _most_documents(decoder: nn.Module, kwargs: dict[str, Any], documents: int | None) -> int | None:
     """How many documents a step like this batch's has room for; 0: no packed rows; None: it cannot be recorded.
 
-    ``documents``: those of the batch where they are counted already (`HostChecked`), before padding, a row's last.
+    ``documents``: those of the batch where they are counted already (`HostChecked`), before padding.
     """
     if not kwargs:
         return 0
@@ -154,7 +218,8 @@ def _most_documents(decoder: nn.Module, kwargs: dict[str, Any], documents: int |
         return None
     if packed_backend(decoder.config, positions.device, decoder.dtype) != "flash":
         return None  # its mask cannot be made without waiting for the GPU
-    documents = int(document_starts(positions).sum()) if documents is None else documents + len(positions)
+    documents = int(document_starts(positions).sum()) if documents is None else documents
+    documents += len(positions)  # of padding
     return max(16, 1 << (documents - 1).bit_length())  # few kinds of recording
 
 
@@ -223,25 +288,29 @@ def _gathered(head: nn.Module, device: torch.device) -> Iterator[None]:
         head._parameters.update(sharded)
 
 
-def _batch_for_one_graph(
-    compiled: CompiledModel, ids: Tensor, labels: Tensor, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """The same batch: a length that recurs, at least two rows if it ever had, and no mask it can do without."""
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and padded_on_the_right(mask):  # waits, unless `HostChecked` has looked
-        del kwargs["attention_mask"]
-    if kwargs.keys() - {"position_ids"}:
-        return ids, labels
-    positions = kwargs.get("position_ids")
-    more = -ids.shape[1] % compiled.pad_to or int(ids.shape[1] == 1)
-    if more and (positions is None or positions.ndim == 2):
-        ids, labels = F.pad(ids, (0, more)), F.pad(labels, (0, more), value=IGNORED)
-        if positions is not None:  # packed: what is added is a document of its own
-            added = torch.arange(more, device=positions.device).expand(len(positions), -1)
-            kwargs["position_ids"] = torch.cat([positions, added], 1)
+def _size_for_one_graph(compiled: CompiledModel, ids: Tensor, more: dict[str, Any]) -> tuple[int, int]:
+    """Rows and length to pad a batch to: a length that recurs, and at least two rows if it ever had."""
+    rows, length = ids.shape
+    positions = more.get("position_ids")
+    if more.keys() - {"position_ids"}:
+        return rows, length
+    if positions is None or positions.ndim == 2:
+        length = max(length, 2)
+        length += -length % compiled.pad_to
     mode = torch.is_grad_enabled()
-    compiled.most_rows[mode] = most = max(compiled.most_rows.get(mode, 0), ids.shape[0])
-    if positions is None and ids.shape[0] == 1 < most:
+    compiled.most_rows[mode] = most = max(compiled.most_rows.get(mode, 0), rows)
+    return 2 if positions is None and rows == 1 < most else rows, length
+
+
+def _padded(ids: Tensor, labels: Tensor, more: dict[str, Any], rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """``ids`` and ``labels`` [rows, length]; ``position_ids``, in ``more``, likewise."""
+    positions, added = more.get("position_ids"), length - ids.shape[1]
+    if added:
+        ids, labels = F.pad(ids, (0, added)), F.pad(labels, (0, added), value=IGNORED)
+        if positions is not None:  # packed: what is added is a document of its own
+            last = torch.arange(added, device=positions.device).expand(len(positions), -1)
+            more["position_ids"] = torch.cat([positions, last], 1)
+    if rows > len(ids):
         ids, labels = F.pad(ids, (0, 0, 0, 1)), F.pad(labels, (0, 0, 0, 1), value=IGNORED)
     return ids, labels
 

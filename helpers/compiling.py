@@ -66,7 +66,7 @@ def compile_model(
         offload: with checkpointing, what a layer got waits in host memory until its backward pass. None: on a GPU,
             where the layers are known.
         sharded: FSDP2 will shard the model: its layers are compiled by helpers/fsdp2.py, since FSDP2's hooks must run
-            around them.
+            around them. Replayed, all its ranks' batches are padded to the longest.
 
     Raises:
         ValueError: the model has no decoder layers that this could compile, or none whose inputs it could offload.
@@ -87,7 +87,7 @@ def compile_model(
         raise ValueError(f"offload is not there for {why}: leave it out")
     options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"} if max_autotune else None
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options)
-    compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs and not sharded)
+    compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_graph())
         if pad_to == 1:
@@ -111,7 +111,9 @@ def compile_model(
                 compiled.parts["layer inputs"] = "in host memory"
             stack.enter_context(called_as(layers, functools.partial(_call_layer, regions, halved, compiled.store)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
-        compiled.parts["norm and loss"] = compile_loss(stack, base, decoder, compiled, compile)
+        compiled.parts["norm and loss"] = compile_loss(
+            stack, base, decoder, compiled, compile, model if sharded else None
+        )
         if compiled.cuda_graphs:
             done = compiled.parts["norm and loss"] == "compiled"  # the loss's region is what records
             compiled.parts["steps"] = "CUDA graphs" if done else "not recorded: the loss is not compiled"

@@ -45,6 +45,7 @@ def start_ranks(device: str = "cuda") -> torch.device:
     place = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(place)
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # else no CUDA graphs in segments that grow (pytorch#158029)
     if not dist.is_initialized():
         dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo")
     return place

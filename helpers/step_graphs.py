@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._inductor.cudagraph_trees import clear_cublas_manager
+from torch.distributed.tensor import DTensor
 
 from .memory import note_replay
 
@@ -41,7 +42,8 @@ class StepGraphs:
     Args:
         loss: (inputs: tensors, items [], *mode) -> float32 []; may not wait for the GPU.
         warm_up: context in which ``loss`` is a small part of itself that launches each kind of kernel once.
-        parameters: everything that is trained.
+        parameters: everything that is trained; sharded ones are DTensors.
+        other_streams: those that ``loss`` launches on beside the current one, asked for after the warm-up.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class StepGraphs:
         loss: Callable[..., Tensor],
         warm_up: Callable[[], contextlib.AbstractContextManager],
         parameters: Sequence[nn.Parameter],
+        other_streams: Callable[[], Sequence[torch.cuda.Stream]] = tuple,
     ):
         self.loss, self.warm_up, self.parameters = loss, warm_up, list(parameters)
+        self.other_streams = other_streams
         self.steps: dict[tuple, _Step] = {}
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
         # What autograd believes the loss depends on.
@@ -63,19 +67,23 @@ class StepGraphs:
     def __call__(self, inputs: tuple[Tensor, ...], items: Tensor | int, *mode: Any) -> Tensor:
         """``mode``: whatever else a recording depends on, for ``loss`` too."""
         key = (*[x.shape for x in inputs], *mode, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-        key += tuple(parameter.data_ptr() for parameter in self.parameters)
+        key += tuple(_local(parameter).data_ptr() for parameter in self.parameters)
         step = self.steps.get(key)
         if step is None:
             if inputs[0].numel() > self.longest:
                 self.longest = inputs[0].numel()
-                if self.steps:
-                    torch.cuda.synchronize()  # the last replay
-                self.steps.clear()
+                self.clear()
             step = self.steps[key] = self._recorded(inputs, mode)
         for held, given in zip(step.inputs, inputs, strict=True):
             held.copy_(given)
         step.items.copy_(items) if isinstance(items, Tensor) else step.items.fill_(items)
         return _Replay.apply(self.anchor, self, step)
+
+    def clear(self) -> None:
+        """Forget all recordings, as must be done before leaving NCCL, where it is part of them (pytorch#115388)."""
+        if self.steps:
+            torch.cuda.synchronize()  # the last replay
+        self.steps.clear()
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
@@ -102,14 +110,25 @@ class StepGraphs:
             self._hold(self.buffers)  # into which autograd adds in place
             # cuBLAS' workspaces are then the recording's own, not beside those of other streams.
             with clear_cublas_manager():
-                with torch.cuda.graph(forward, **how):
+                with torch.cuda.graph(forward, **how), self._with_other_streams():
                     loss = self.loss(inputs, items, *mode)
-                with torch.cuda.graph(backward, **how):
+                with torch.cuda.graph(backward, **how), self._with_other_streams():
                     loss.backward(upstream)
         self._hold(held)
         pools = [(tuple(s["segment_pool_id"]), s["total_size"]) for s in torch.cuda.memory_snapshot()]
         self.recorded_bytes = sum(size for pool, size in pools if pool == self.pool)
         return _Step(inputs, items, upstream, loss.detach(), forward, backward)
+
+    @contextlib.contextmanager
+    def _with_other_streams(self) -> Iterator[None]:
+        """Within, the other streams record as well: one that had not forked from ours would run there and then, and
+        ours could not wait for it. What they recorded must have joined ours by the end."""
+        others = self.other_streams()
+        for stream in others:
+            stream.wait_stream(self.stream)
+        yield
+        for stream in others:
+            self.stream.wait_stream(stream)
 
     def _hold(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -117,13 +136,19 @@ class StepGraphs:
 
     def own_gradients(self) -> None:
         """Make ``grad`` of each parameter our buffer, with what it held."""
-        fresh = [b for p, b in zip(self.parameters, self.buffers, strict=True) if p.grad is None]
+        fresh = [_local(b) for p, b in zip(self.parameters, self.buffers, strict=True) if p.grad is None]
         if fresh:
             torch._foreach_zero_(fresh)
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             if parameter.grad is not None and parameter.grad is not buffer:
-                buffer.copy_(parameter.grad)
+                _local(buffer).copy_(_local(parameter.grad))
         self._hold(self.buffers)
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _Replay(torch.autograd.Function):

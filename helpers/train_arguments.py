@@ -10,6 +10,7 @@ import torch
 from trl import SFTConfig
 
 from . import attention, attention_transformers, checkpoints, fsdp2
+from .sharded_steps import LEAST_TORCH
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = [name.removeprefix("qlora_") for name in attention_transformers.REGISTERED] + ["stock"]
@@ -107,7 +108,10 @@ def decided(args: TrainArguments) -> TrainArguments:
     if args.fsdp2 and args.loss == "trl":
         raise ValueError("--loss trl reads the head past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
-    against = {"a GPU": gpu, "--compile": args.compile, "no --fsdp2": not args.fsdp2}
+    against = {"a GPU": gpu, "--compile": args.compile}
+    if args.fsdp2:
+        offloads = fsdp2.FSDP2Config.parse(args.fsdp2_options).cpu_offload  # the CPU adds gradients up
+        against |= {"no --fsdp2_options offload": not offloads, "torch 2.11": torch.__version__ >= LEAST_TORCH}
     if args.cuda_graphs and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
     if args.cuda_graphs and args.packing and (why := _no_packed_graphs(args.attention, DTYPES[values["dtype"]])):

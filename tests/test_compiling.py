@@ -461,7 +461,8 @@ def test_packed_rows_are_recorded_where_flash_attention_takes_them(varlen_on_the
         model.set_attn_implementation(name)
         with compile_model(model, backend="eager", cuda_graphs=True, pad_to=64):
             found = train(model, micro, evaluate=False)
-        assert {len(step.inputs) for step in made[0].steps.values()} == recorded
+            assert {len(step.inputs) for step in made[0].steps.values()} == recorded
+        assert not made[0].steps, "NCCL could not be left before graphs that it is part of"
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         restart(model, weights)
         made.clear()
@@ -575,8 +576,9 @@ def test_gpu_packed_rows_are_replayed(checkpointed, monkeypatch):
         restart(model, weights)
         with CompileCounter() as counter, compile_model(model, cuda_graphs=cuda_graphs):
             found.append(train(model, micro, evaluate=False, autocast=torch.bfloat16))
+            assert not made or {len(step.inputs) for step in made[0].steps.values()} == {3}
         assert counter.graph_breaks == 0 and counter.compiles <= 6, str(counter)
-    assert made and all(len(step.inputs) == 3 for step in made[0].steps.values())
+    assert made
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
