@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from played_streams import played
 from test_compiling import OnTheCPU
 from test_fsdp2 import STEPS, arguments, clipped_at, in_ranks
 from transformers import TrainerCallback
@@ -46,19 +47,18 @@ class Evaluates(TrainerCallback):
             model.train()
 
 
-class WarmedUp(OnTheCPU):
-    """With the warm-up of a recording: its collectives hang where another rank does not record at the same time."""
+class Recorded(OnTheCPU):
+    """A recording as on a GPU, on played streams, whose collectives hang where another rank does not record as well."""
 
     def _recorded(self, inputs, mode):
-        held = [parameter.grad for parameter in self.parameters]
-        self._hold([None] * len(held))
-        with self.warm_up():
-            self.loss(inputs, torch.ones(()), *mode).backward()
-        self._hold(held)
+        before = [buffer.clone() for buffer in self.buffers]
+        StepGraphs._recorded(self, inputs, mode)
+        for buffer, kept in zip(self.buffers, before, strict=True):  # a recording adds nothing
+            buffer.copy_(kept)
         return super()._recorded(inputs, mode)
 
 
-class Counted(StepGraphs if ON_A_GPU else WarmedUp):
+class Counted(StepGraphs if ON_A_GPU else Recorded):
     """Remembers the inputs' shapes of each recording and how many steps were replayed."""
 
     made: list[Counted] = []
@@ -95,12 +95,13 @@ def rank_replays(folder, ranks: int, replayed: bool, pad_to: int = 8, resume: bo
         (compiling, "compile_model", functools.partial(compiling.compile_model, pad_to=pad_to)),
     ]
     if not ON_A_GPU:
-        changes += [(compiled_loss, "_on_a_gpu", lambda ids: True), (torch.cuda, "synchronize", lambda: None)]
+        changes.append((compiled_loss, "_on_a_gpu", lambda ids: True))
     with clipped_at(0.1), CompileCounter() as counter, contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(mock.patch.object(*change))
         if not ON_A_GPU:  # other tests trace the regions
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(played())
         result = train(dataclasses.replace(args, fsdp2=True), callbacks=[evaluates])
     made = Counted.made[0] if Counted.made else SimpleNamespace(recorded=[], replayed=0, steps={})
     return {
