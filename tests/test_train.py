@@ -160,8 +160,10 @@ def test_log_line_and_csv(tmp_path, capsys):
         ({"model": "shape:none"}, "unknown shape"),
         ({"offload": True, "checkpointing": False}, "--offload needs --compile, --checkpointing"),
         ({"cuda_graphs": True}, "--cuda_graphs needs a GPU, --compile"),
+        ({"cuda_graphs": True, "compile": True, "fsdp2": True, "fsdp2_options": "offload"},
+         "--cuda_graphs needs a GPU, no --fsdp2_options offload"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said):
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "out", **flags)
@@ -177,6 +179,7 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said)
         ((9, 0), {"steps": 10, "cuda_graphs": True}, True, True),
         ((9, 0), {"loss": "full"}, False, False),
         ((9, 0), {"offload": True}, True, True),
+        ((9, 0), {"fsdp2": True}, True, False),
         ((9, 0), {"packing": True, "attention": "flex"}, True, False),
         ((9, 0), {"compile": False}, False, False),
         (None, {}, False, False),
