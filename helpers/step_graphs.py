@@ -57,6 +57,7 @@ class StepGraphs:
         self.other_streams = other_streams
         self.steps: dict[tuple, _Step] = {}
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.local_buffers = _local(self.buffers)
         # What autograd believes the loss depends on.
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self.pending: object = None
@@ -67,7 +68,7 @@ class StepGraphs:
     def __call__(self, inputs: tuple[Tensor, ...], items: Tensor | int, *mode: Any) -> Tensor:
         """``mode``: whatever else a recording depends on, for ``loss`` too."""
         key = (*[x.shape for x in inputs], *mode, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-        key += tuple(_local(parameter).data_ptr() for parameter in self.parameters)
+        key += tuple(parameter.data_ptr() for parameter in _local(self.parameters))
         step = self.steps.get(key)
         if step is None:
             if inputs[0].numel() > self.longest:
@@ -136,19 +137,19 @@ class StepGraphs:
 
     def own_gradients(self) -> None:
         """Make ``grad`` of each parameter our buffer, with what it held."""
-        fresh = [_local(b) for p, b in zip(self.parameters, self.buffers, strict=True) if p.grad is None]
+        fresh = [local for p, local in zip(self.parameters, self.local_buffers, strict=True) if p.grad is None]
         if fresh:
             torch._foreach_zero_(fresh)
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             if parameter.grad is not None and parameter.grad is not buffer:
-                _local(buffer).copy_(_local(parameter.grad))
+                buffer.copy_(parameter.grad)
         self._hold(self.buffers)
 
 
 @torch.no_grad()
-def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank holds of tensors that may be sharded."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 class _Replay(torch.autograd.Function):
