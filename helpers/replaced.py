@@ -26,7 +26,6 @@ def replaced_forward(model: nn.Module, forward: Callable) -> Iterator[None]:
 @contextlib.contextmanager
 def called_as(modules: Iterable[nn.Module], call: Callable) -> Iterator[None]:
     """Within, ``module(...)`` is ``call(its class, module, ...)``. A call is looked up on the class: that is changed.
-    Where FSDP2 has made a class of its own of that by the end, it stays: ``call`` must then pass on.
 
     Replacing forward instead would hide from some releases of transformers that the layer can be checkpointed.
     """
@@ -45,5 +44,7 @@ def called_as(modules: Iterable[nn.Module], call: Callable) -> Iterator[None]:
         yield
     finally:
         for module, cls in before:
-            if type(module) is classes[cls]:
+            if type(module) is classes[cls]:  # and not one that FSDP2 has made of it
                 module.__class__ = cls
+        for changed in classes.values():
+            del changed.__call__  # FSDP2 keeps the class for good, and with it whatever ``call`` knows

@@ -382,6 +382,7 @@ class OnTheCPU(StepGraphs):
 
         def backward():
             step.made.backward(step.upstream)
+            step.made = None
 
         step.forward, step.backward = SimpleNamespace(replay=forward), SimpleNamespace(replay=backward)
         return step

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from played_streams import played
 from test_compiling import OnTheCPU
 from test_fsdp2 import STEPS, arguments, clipped_at, in_ranks
@@ -104,11 +106,15 @@ def rank_replays(folder, ranks: int, replayed: bool, pad_to: int = 8, resume: bo
             stack.enter_context(played())
         result = train(dataclasses.replace(args, fsdp2=True), callbacks=[evaluates])
     made = Counted.made[0] if Counted.made else SimpleNamespace(recorded=[], replayed=0, steps={})
-    return {
+    found = {
         "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows], "evaluated": [evaluates.loss],
         "recorded": made.recorded, "replayed": made.replayed, "left": len(made.steps), "breaks": counter.graph_breaks,
         "compiles": counter.compiles, "recompiles": counter.recompiles, "reasons": counter.reasons,
     }  # fmt: skip
+    Counted.made.clear()
+    del made
+    gc.collect()
+    return found | {"alive": sum(isinstance(x, PeftModel) for x in gc.get_objects())}
 
 
 def rank_resumes(folder, **more) -> dict:
@@ -164,6 +170,7 @@ def test_replayed_steps_train_evaluate_and_resume_as_others(two):
         close(two[0][name], two[0][other], 1e-5)
     assert two[0]["replayed"]["replayed"] == STEPS * 2 and two[0]["not"]["replayed"] == 0  # micro-steps of a rank
     assert two[0]["replayed"]["left"] == 0, "NCCL could not be left before graphs that it is part of"
+    assert two[0]["replayed"]["alive"] == 0, "FSDP2 keeps the classes that it makes, and they the model"
 
 
 def test_ranks_record_the_same_lengths_together(two):
