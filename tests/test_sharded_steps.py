@@ -194,11 +194,16 @@ def test_gpus_replay_the_losses_of_eager_steps(tmp_path, ranks):
         for replayed in (True, False):
             more = {"ranks": ranks, "replayed": replayed, "pad_to": pad_to, **GPU}
             calls[pad_to, replayed] = (rank_replays, {"folder": tmp_path / f"{pad_to} {replayed}", **more})
+    for replayed in (True, False):
+        more = {"ranks": ranks, "replayed": replayed, "pad_to": 128, "packing": True, **GPU}
+        calls["packed", replayed] = (rank_replays, {"folder": tmp_path / f"packed {replayed}", **more})
     calls["resumed"] = (rank_resumes, {**calls[128, True][1]})
     found = in_ranks(ranks, calls)
     close(found[0][128, True], found[0][128, False], 1e-6)  # all of one length: the same kernels
     close(found[0]["resumed"], found[0][128, True], 1e-6)
     close(found[0][16, True], found[0][16, False], 2e-3)
+    close(found[0]["packed", True], found[0]["packed", False], 2e-3)
+    assert all(len(shapes) == 3 for shapes in found[0]["packed", True]["recorded"])  # positions too
     assert len(found[0][128, True]["recorded"]) == 1 and len(found[0][16, True]["recorded"]) > 2
     assert all(rank[16, True]["recorded"] == found[0][16, True]["recorded"] for rank in found)
     for calls in ((128, True), (16, True)):  # compiling is nothing that a graph could hold
