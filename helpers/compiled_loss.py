@@ -115,11 +115,11 @@ def compile_loss(
     def recorded_loss(inputs: tuple[Tensor, ...], items: Tensor, documents: int, checkpointed: bool) -> Tensor:
         ids, labels, *positions = inputs
         more = {"position_ids": positions[0]} if documents else {}
-        if root is not None:  # FSDP2's hooks are part of its step
-            return call_root(input_ids=ids, labels=labels, num_items_in_batch=items, room_for=documents, **more).loss
-        if compiled.store is not None:
+        if compiled.store is not None and ids.is_cuda:
             size = ids.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
             compiled.store.reserve(len(decoder.layers), size)
+        if root is not None:  # FSDP2's hooks are part of its step
+            return call_root(input_ids=ids, labels=labels, num_items_in_batch=items, room_for=documents, **more).loss
         return loss_of(ids, labels, items, documents, **more)
 
     def is_ours(input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> bool:

@@ -81,10 +81,9 @@ def compile_model(
         )
     halved = can_be_halved(layers[0])
     if offload is None:
-        offload = halved and not sharded and next(base.parameters()).is_cuda
-    if offload and (sharded or not halved):
-        why = "layers that FSDP2 shards" if sharded else type(layers[0]).__name__
-        raise ValueError(f"offload is not there for {why}: leave it out")
+        offload = halved and next(base.parameters()).is_cuda
+    if offload and not halved:
+        raise ValueError(f"offload is not there for {type(layers[0]).__name__}: leave it out")
     options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON"} if max_autotune else None
     compile = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, options=options)
     compiled = CompiledModel(pad_to=pad_to, cuda_graphs=cuda_graphs)
@@ -104,11 +103,11 @@ def compile_model(
         if max_autotune:
             stack.enter_context(triton_matmul_on_small_gpus())
         compiled.parts["layers"] = "compiled"
+        if offload:
+            compiled.store = HostStore()
+            compiled.parts["layer inputs"] = "in host memory"
         if not sharded:
             regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
-            if offload:
-                compiled.store = HostStore()
-                compiled.parts["layer inputs"] = "in host memory"
             stack.enter_context(called_as(layers, functools.partial(_call_layer, regions, halved, compiled.store)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = compile_loss(

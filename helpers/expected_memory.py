@@ -163,8 +163,7 @@ def expected(config: Any, args: TrainArguments, lengths: Sequence[int]) -> Memor
 
 def inputs_wait(s: Shapes, args: TrainArguments) -> bool:
     """Whether a run on a GPU, with decided ``args``, lets its layers' inputs wait in host memory."""
-    able = args.compile and args.checkpointing and s.halved
-    return able and (not args.fsdp2 if args.offload is None else args.offload)
+    return args.compile and args.checkpointing and s.halved and args.offload is not False
 
 
 def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int) -> Memory:

@@ -40,6 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compiled_loss import gather_head
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
+from .host_store import HostStore
 from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half, generates
 from .layer_checkpoint import checkpointed as by_halves
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
@@ -107,12 +108,13 @@ def training_arguments(config: FSDP2Config) -> dict[str, Any]:
     }
 
 
-def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
+def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None = None) -> nn.Module:
     """Shard a QLoRA model in place over all ranks: each decoder block, the embedding, the head, and the rest.
 
     ``model`` is whole and on this rank's device (transformers model, with or without PEFT). Trainable weights become
     float32, which GradScaler and the reduction want. A tied embedding stays with the root, gathered for the whole
-    step, because both its users must find it. The optimizer is made after this.
+    step, because both its users must find it. The optimizer is made after this. ``store``: where the inputs of compiled
+    and checkpointed blocks wait for the backward pass; None: on the device.
 
     Raises:
         RuntimeError: no process group. ValueError: nothing that is a decoder block, ranks that loaded different
@@ -129,7 +131,7 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
             parameter.data = parameter.data.float()
     _check(model)
     if config.compile_blocks:
-        _compile(blocks, config.checkpoint_blocks)
+        _compile(blocks, config.checkpoint_blocks, store)
         model.enable_input_require_grads()  # of the first block too, or it would be a graph of its own
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -151,9 +153,9 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config) -> nn.Module:
     return model
 
 
-def shard_trainer(trainer: Any, config: FSDP2Config) -> None:
-    """Shard ``trainer.model`` between the trainer's construction and its ``train()``, and tell accelerate so."""
-    prepare_fsdp2(trainer.model, config)
+def shard_trainer(trainer: Any, config: FSDP2Config, store: HostStore | None = None) -> None:
+    """`prepare_fsdp2` of ``trainer.model`` between the trainer's construction and its ``train()``; tells accelerate."""
+    prepare_fsdp2(trainer.model, config, store)
     state = trainer.accelerator.state
     if not trainer.is_fsdp_enabled:
         # accelerate lists every accelerator as able to run FSDP and forgets the CPU (state.py, AcceleratorState).
@@ -273,7 +275,7 @@ def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:
     return {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pinned) if config.cpu_offload else OffloadPolicy()}
 
 
-def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
+def _compile(blocks: list[nn.Module], checkpointed: bool, store: HostStore | None) -> None:
     """Compile the forward of each block, all to one graph. FSDP2's hooks run in the call around it and stay outside.
 
     Checkpointed, a block is done again by halves (helpers/layer_checkpoint.py), or, where it is of a kind not known
@@ -296,7 +298,7 @@ def _compile(blocks: list[nn.Module], checkpointed: bool) -> None:
             return block_forward(forward, block, args, kwargs)
         if checkpointed and halved and block.training and torch.is_grad_enabled():
             return by_halves(
-                block, *args, kwargs, first=first, second=second,
+                block, *args, kwargs, first=first, second=second, store=store,
                 whole=lambda hidden: region(forward, block, (hidden,), kwargs),
             )  # fmt: skip
         return region(forward, block, args, kwargs)

@@ -67,7 +67,7 @@ def parts(asked: TrainArguments, args: TrainArguments, config: Any) -> list[tupl
     rows = "packed" if args.packing else "plain"
     waits = "layers' inputs wait in host memory"
     offload = switched("offload", waits)
-    if args.offload is None and gpu and args.compile and args.checkpointing and not args.fsdp2:
+    if args.offload is None and gpu and args.compile and args.checkpointing:
         able = inputs_wait(shapes_of(config, getattr(torch, args.dtype), args.lora_rank), args)
         offload = ("on", waits) if able else ("off", f"the layers of {text.model_type} are none that do so")
     return [

@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import attention, attention_transformers, checkpoints, fsdp2, host, plan, t4
 from .chunked_head import chunked_loss
+from .compiled_loss import CompiledModel
 from .expected_memory import expected, row_lengths
 from .host_checked import HostChecked
 from .instruction_data import load_instructions
@@ -96,7 +97,7 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         contextlib.nullcontext() if args.attention == "stock" or args.compile else attention.without_cudnn(),
         nf4_decoder(model, "bitsandbytes" if sharding else args.nf4),  # sharded layers have their own switches
         chunked_loss(model) if args.loss == "chunked" else contextlib.nullcontext(),
-        compiled_regions(model, args) as regions,
+        compiled_regions(model, args) as compiled,
     ):
         trainer = QLoRATrainer(
             model,
@@ -109,8 +110,8 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
         if args.compile:
             trainer.data_collator = HostChecked(trainer.data_collator)
         if sharding:
-            fsdp2.shard_trainer(trainer, sharding)
-        _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, regions)))
+            fsdp2.shard_trainer(trainer, sharding, compiled.store)
+        _say(f"{base.label} on {host.machine()}: " + ", ".join(active_parts(trainer, args, compiled.parts)))
         if torch.cuda.is_available():
             reset_peak()
         trainer.train(resume_from_checkpoint=resume_from)
@@ -161,11 +162,11 @@ def nf4_decoder(model: torch.nn.Module, choice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled_regions(model: torch.nn.Module, args: TrainArguments) -> Iterator[dict[str, str]]:
+def compiled_regions(model: torch.nn.Module, args: TrainArguments) -> Iterator[CompiledModel]:
     """``torch.compile`` the regions of ``model`` (helpers/compiling.py) where that is asked for; yields what became
     of each region. A sharded model's layers are compiled by helpers/fsdp2.py, under the same settings."""
     if not args.compile:
-        yield {}
+        yield CompiledModel()
         return
     from .compiling import compile_model
 
@@ -174,7 +175,7 @@ def compiled_regions(model: torch.nn.Module, args: TrainArguments) -> Iterator[d
     with compile_model(
         model, sharded=args.fsdp2, backend=backend, cuda_graphs=args.cuda_graphs, offload=offload
     ) as compiled:
-        yield compiled.parts
+        yield compiled
 
 
 def active_parts(trainer: QLoRATrainer, args: TrainArguments, regions: dict[str, str]) -> list[str]:

@@ -116,9 +116,9 @@ def decided(args: TrainArguments) -> TrainArguments:
         raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
     if args.cuda_graphs and args.packing and (why := _no_packed_graphs(args.attention, DTYPES[values["dtype"]])):
         raise ValueError(f"--cuda_graphs with --packing needs --attention varlen: {why}")
-    against = {"--compile": args.compile, "--checkpointing": args.checkpointing, "no --fsdp2": not args.fsdp2}
+    against = {"--compile": args.compile, "--checkpointing": args.checkpointing}
     if args.offload and (missing := [need for need, there in against.items() if not there]):
-        raise ValueError(f"--offload needs {', '.join(missing)}" + " (there --fsdp2_options offload)" * args.fsdp2)
+        raise ValueError(f"--offload needs {', '.join(missing)}")
     if values["compile"] and values["loss"] == "full":
         raise ValueError("--compile never makes all logits, as --loss full asks: give --loss chunked, or leave one out")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,7 +189,7 @@ def advice(args: TrainArguments) -> str:
         "--checkpointing True": not args.checkpointing,
         "--loss chunked": args.loss == "full",
         f"--batch_size 1 --accumulation {args.accumulation * args.batch_size}": args.batch_size > 1,
-        "--offload True": args.compile and args.checkpointing and args.offload is False and not args.fsdp2,
+        "--offload True": args.compile and args.checkpointing and args.offload is False,
         f"--max_length {args.max_length // 2}": True,
         "--compile": not args.compile and args.loss != "full",
         "--optimizer adamw_8bit": "8bit" not in args.optimizer,

@@ -157,8 +157,9 @@ def two(tmp_path_factory):
     for name, replayed in (("replayed", True), ("not", False)):
         calls[name] = (rank_replays, {"folder": folder / name, "replayed": replayed, "save_steps": 4, **more})
     calls["resumed"] = (rank_resumes, {"folder": folder / "replayed", "replayed": True, "save_steps": 4, **more})
-    calls["tied"] = (rank_replays, {"folder": folder / "tied", "replayed": True, **more, "model": "shape:tiny-deep"})
-    calls["tied, not"] = (rank_replays, {**calls["tied"][1], "folder": folder / "tied, not", "replayed": False})
+    more |= {"model": "shape:tiny-deep", "checkpointing": True}
+    calls["tied"] = (rank_replays, {"folder": folder / "tied", "replayed": True, "offload": True, **more})
+    calls["tied, not"] = (rank_replays, {"folder": folder / "tied, not", "replayed": False, "offload": False, **more})
     return in_ranks(2, calls)
 
 
