@@ -347,10 +347,11 @@ else:
 # %% [markdown]
 # ## The 8B shape beside Unsloth
 # Llama 3.1 8B's shape with random weights, rows of 2048 tokens, batch 2 x 4, LoRA of rank 64, each GPU's memory capped at
-# a T4's 14.7 GiB. Ours: base truly sharded, blocks compiled, loss in chunks; with part A's kernel and with bitsandbytes'
-# own linear layer; on one GPU too. Unsloth replicates the frozen weights when they fit, and shards what is trained. Torch
+# a T4's 14.7 GiB. Ours: base truly sharded, blocks compiled, loss in chunks, micro-steps recorded as CUDA graphs with all
+# their collectives, since two GPUs would wait for Python otherwise; with part A's kernel and with bitsandbytes' own linear
+# layer; on one GPU too; and launched one by one. Unsloth replicates the frozen weights when they fit, and shards what is trained. Torch
 # AO's NF4 tensors, where that package is installed, in our trainer in place of our own. As many as the memory holds load and
-# compile side by side; then each takes its timed steps with nobody beside it, and leaves. The two that no criterion asks for
+# compile side by side; then each takes its timed steps with nobody beside it, and leaves. The three that no criterion asks for
 # come last, and only if little time has passed until then.
 
 # %%
@@ -389,6 +390,7 @@ if ran:
     axis.barh([f"{name}  ({row['allocated_gib']:.1f} GiB)" for name, row in ran.items()], [row["tokens_per_s"] for row in ran.values()])
     axis.set(xlabel="tokens a second", title=f"Llama 3.1 8B shape, RANDOM weights\n{host.machine()}")
     axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=6)
     fig.tight_layout()
     shown = save_figure(fig, "B_throughput", list(ran.values()))
 else:
