@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from nbformat import NotebookNode
 from . import __version__, catalogue, checks, readme
 from .catalogue import badges, copies, slug
 from .environment import ROOT, SetupError
-from .results import write_atomically
+from .results import write_atomically, write_rows
 
 HOSTS = ("kaggle", "colab")
 REHEARSED = "_t4rehearsal"  # ends the names of a rehearsal's figures
@@ -86,7 +87,8 @@ def build() -> None:
 def promote(run: Path) -> list[Path]:
     """Take the notebooks, figures and results of an executed run as the committed copies; all of them or none.
 
-    A folder that `helpers.bench_trainer`, `bench_context` or `step_costs` wrote gives README a table.
+    A folder that `helpers.bench_trainer`, `bench_context`, `bench_nf4` or `step_costs` wrote gives README a table; of
+    `bench_nf4`'s rows those of other machines stay.
 
     Raises:
         SetupError: no executed notebook in ``run``, one whose cells differ from its source, or one unfit to commit.
@@ -127,9 +129,19 @@ def promote(run: Path) -> list[Path]:
     for kind in {(path.name[0], REHEARSED in path.stem) for path in files if path.name not in readme.PROMOTED}:
         for old in figures_of(*kind, ROOT / "figures"):
             old.unlink()
+    others = [row for row in readme.bench_rows(readme.DECODE) if row["machine"] not in _machines(run / readme.DECODE)]
     for path in files:
         shutil.copyfile(path, ROOT / "figures" / path.name)
+        if path.name == readme.DECODE and others:
+            write_rows([*readme.bench_rows(readme.DECODE), *others], ROOT / "figures" / path.name)
     return [*taken, *(ROOT / "figures" / path.name for path in files)]
+
+
+def _machines(path: Path) -> set[str]:
+    if not path.exists():
+        return set()
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["machine"] for row in csv.DictReader(file)}
 
 
 def figures_of(letter: str, rehearsal: bool, folder: Path) -> list[Path]:

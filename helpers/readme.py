@@ -1,7 +1,8 @@
 """README's generated parts, which stand between ``<!-- results NAME -->`` and ``<!-- end -->``, and its figure.
 
 ``headline``: step time and memory of stock, Unsloth and ours from ``figures/trainer_bench.csv``; ``context``: longest
-sequences from ``context_bench.csv``; ``costs``: a step's largest from ``step_costs.csv``; empty without their files.
+sequences from ``context_bench.csv``; ``costs``: a step's largest from ``step_costs.csv``; ``decode``: task A's kernel
+on each GPU from ``nf4_bench.csv``; empty without their files.
 ``open``: links into Kaggle and Colab; ``overview``: a row a committed run; ``not_passed``: what failed or was not run,
 and why. Everything measured comes from the results files.
 """
@@ -20,7 +21,8 @@ from .results import write_atomically
 
 BENCH = "trainer_bench.csv"  # as `python3 -m helpers.bench_trainer` writes it
 CONTEXT = "context_bench.csv"  # as `python3 -m helpers.bench_context` does
-PROMOTED = (BENCH, CONTEXT, "context_bench.png", step_costs.FILE)  # what `build --promote` takes of benches
+DECODE = "nf4_bench.csv"  # as `helpers.bench_nf4` does: rows of several machines
+PROMOTED = (BENCH, CONTEXT, "context_bench.png", step_costs.FILE, DECODE)  # what `build --promote` takes of benches
 CONTENDERS = {"stock": "stock transformers + TRL", "unsloth": "Unsloth", "ours": "ours", "graphs": "ours, CUDA graphs"}
 Rows = list[dict[str, str]]
 
@@ -45,8 +47,8 @@ def problems() -> list[str]:
 
 def with_parts(readme: str) -> str:
     """``readme`` with its generated parts made anew."""
-    makers = {"headline": _headline, "context": _context, "costs": _costs, "open": _open, "overview": _overview,
-              "not_passed": _not_passed}  # fmt: skip
+    makers = {"headline": _headline, "context": _context, "costs": _costs, "decode": _decode, "open": _open,
+              "overview": _overview, "not_passed": _not_passed}  # fmt: skip
 
     def part(match: re.Match[str]) -> str:
         return f"<!-- results {match[1]} -->\n{makers[match[1]]()}\n<!-- end -->"
@@ -159,6 +161,29 @@ def _costs() -> str:
         f"A step of {rows[0]['model'].removeprefix('shape:')}, random weights, {', '.join(how)}, on {_machine(rows)}:"
     )
     return f"{said}\n\n{step_costs.table(rows)}"
+
+
+def _decode() -> str:
+    """The ceiling's, Unsloth's and bitsandbytes' time over ours, the worst of the dtypes, on each machine."""
+    if not (rows := [row for row in bench_rows(DECODE) if row["measurement"] == "decode, GPU time"]):
+        return ""
+    times: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for row in rows:
+        case = times.setdefault(row["case"].replace("x", " x "), {}).setdefault(row["machine"], {})
+        case.setdefault(row["dtype"], {})[row["contender"]] = float(row["value"])
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    lines = [_row("NF4 decode, GPU time", *machines), "|---|" + "---|" * len(machines)]
+    for size, by in times.items():
+        cells = []
+        for machine in machines:
+            of = by.get(machine, {}).values()
+            least = {name: min((t[name] / t["ours"] for t in of if name in t), default=None)
+                     for name in ("ceiling", "Unsloth", "bitsandbytes")}  # fmt: skip
+            said = [f"{name} {ratio:.2f}" for name, ratio in least.items() if ratio is not None]
+            cells.append(f"{max(t['ours'] for t in of):.1f} us: {', '.join(said)}" if of else "")
+        lines.append(_row(size, *cells))
+    said = "Ours, and others' time over it, the worse of fp16 and bf16; the ceiling moves as much and decodes nothing."
+    return "\n".join([*lines, "", said])
 
 
 def _by_case(rows: Rows) -> dict[str, dict[str, dict[str, str]]]:

@@ -13,7 +13,7 @@ from helpers import build, catalogue, checks, readme, run
 from helpers.environment import SetupError
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("headline", "context", "costs", "open", "overview", "not_passed")
+PARTS = ("headline", "context", "costs", "decode", "open", "overview", "not_passed")
 SOURCE = """# %% [markdown]
 # # Q. A small notebook
 #
@@ -242,6 +242,25 @@ def test_other_benches_give_readme_their_tables(repository, tmp_path):
     assert "| llama, 14.7 GiB, float16 | 8,192 | 131,072 or more |" in text
     assert "A step of llama, random weights, compiled, cuda graphs, on a GPU, torch 2.13:" in text
     assert "| NF4 decoding | 448 | 12.5 | 10% | 1.11x as fast |" in text
+
+
+def test_the_decoder_of_each_machine_stays_in_readmes_table(repository, tmp_path):
+    header = "measurement,case,dtype,contender,value,unit,machine"
+
+    def measured(machine: str, ours: float) -> None:
+        rows = [f'"decode, GPU time",64x128,{dtype},{name},{value},us,{machine}' for dtype, name, value in (
+            ("float16", "ours", ours), ("float16", "ceiling", 4.9), ("bfloat16", "ours", 5.0),
+            ("bfloat16", "ceiling", 5.0), ("bfloat16", "Unsloth", 7.5),
+        )]  # fmt: skip
+        (tmp_path / "nf4_bench.csv").write_text("\n".join([header, *rows]))
+        build.promote(tmp_path)
+
+    for machine, ours in (("one", 5.0), ("other", 5.0), ("one", 10.0)):
+        measured(machine, ours)
+    build.build()
+    text = (repository / "README.md").read_text()
+    assert "| NF4 decode, GPU time | one | other |" in text
+    assert "| 64 x 128 | 10.0 us: ceiling 0.49, Unsloth 1.50 | 5.0 us: ceiling 0.98, Unsloth 1.50 |" in text
 
 
 def test_a_new_slug_is_stamped_everywhere_without_a_new_run(repository, executed):
