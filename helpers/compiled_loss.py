@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput
 
 from .attention_mask import document_starts
 from .attention_transformers import packed_as, packed_backend
+from .gathered import gathered
 from .host_checked import padded_on_the_right
 from .host_store import HostStore
 from .linear_chunk import autocast_now
@@ -109,7 +109,7 @@ def compile_loss(
             deferred = False
         if compiled.store is not None:
             compiled.store.settle()
-        with _gathered(head, hidden.device):
+        with gathered(head, hidden.device):  # not for backward too: the gradient is made together with the loss
             return _summed_in_chunks(region_of, head, hidden, labels, items)
 
     def recorded_loss(inputs: tuple[Tensor, ...], items: Tensor, documents: int, checkpointed: bool) -> Tensor:
@@ -260,32 +260,6 @@ def _not_packed() -> Iterator[None]:
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
     ):
         yield
-
-
-def gather_head(head: nn.Module, device: torch.device) -> None:
-    """Begin to gather the weight of a head that FSDP2 shards; whoever reads it in `_gathered` waits for it."""
-    head._gathering = {
-        name: p.to(device).redistribute(placements=[Replicate()], async_op=True)
-        for name, p in head.named_parameters(recurse=False)
-        if isinstance(p, DTensor)
-    }
-
-
-@contextlib.contextmanager
-def _gathered(head: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, the frozen weight of a head that FSDP2 shards is whole. Nobody calls the head, so no hook gathers it; nor
-    does backward need it, since the loss's gradient is made together with the loss. FSDP2's own gathering would hold it
-    twice for a moment, which is where a step needs the most memory."""
-    if "_gathering" not in vars(head):
-        gather_head(head, device)
-    gathering = vars(head).pop("_gathering").items()
-    whole = {name: nn.Parameter(p.full_tensor(), requires_grad=False) for name, p in gathering}
-    sharded = {name: head._parameters[name] for name in whole}
-    head._parameters.update(whole)
-    try:
-        yield
-    finally:
-        head._parameters.update(sharded)
 
 
 def _size_for_one_graph(compiled: CompiledModel, ids: Tensor, more: dict[str, Any]) -> tuple[int, int]:

@@ -38,8 +38,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .compiled_loss import gather_head
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
+from .gathered import gather_ahead, shard_ends
 from .host_store import HostStore
 from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half, generates
 from .layer_checkpoint import checkpointed as by_halves
@@ -112,9 +112,10 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     """Shard a QLoRA model in place over all ranks: each decoder block, the embedding, the head, and the rest.
 
     ``model`` is whole and on this rank's device (transformers model, with or without PEFT). Trainable weights become
-    float32, which GradScaler and the reduction want. A tied embedding stays with the root, gathered for the whole
-    step, because both its users must find it. The optimizer is made after this. ``store``: where the inputs of compiled
-    and checkpointed blocks wait for the backward pass; None: on the device.
+    float32, which GradScaler and the reduction want. A frozen embedding and head are sharded by helpers/gathered.py;
+    where one trains and they are tied they stay with the root, gathered for the whole step, since both must find the
+    weight. The optimizer is made after this. ``store``: where the inputs of compiled and checkpointed blocks wait for
+    the backward pass; None: on the device.
 
     Raises:
         RuntimeError: no process group. ValueError: nothing that is a decoder block, ranks that loaded different
@@ -135,18 +136,18 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
         model.enable_input_require_grads()  # of the first block too, or it would be a graph of its own
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is None or head.weight is embedding.weight
+    ends = [module for module in (embedding, head) if module is not None]
+    ignored: set[nn.Parameter] = set()
+    if not any(parameter.requires_grad for module in ends for parameter in module.parameters()):
+        ignored = shard_ends(ends, config.param_dtype, config.cpu_offload)
+        if head is not None and config.compile_blocks and config.prefetch:  # compiled, the loss reads it itself
+            blocks[-1].register_forward_pre_hook(functools.partial(_gather_ahead, head))
+    elif head is None or head.weight is not embedding.weight:
+        for module in ends:
+            fully_shard(module, **_policies(module, config))
     for block in blocks:
         fully_shard(block, reshard_after_forward=config.reshard_after_forward, **_policies(block, config))
-    if not tied:
-        fully_shard(embedding, **_policies(embedding, config))
-        if not embedding.weight.requires_grad:
-            embedding.set_unshard_in_backward(False)  # it would be gathered once more, only to be freed
-        # Backward starts with the head, so freeing it after forward would only gather it twice.
-        fully_shard(head, reshard_after_forward=False, **_policies(head, config))
-        if config.compile_blocks and config.prefetch:  # compiled, the loss gathers the head itself: begin a block ahead
-            blocks[-1].register_forward_pre_hook(functools.partial(_gather_ahead, head))
-    fully_shard(model, **_policies(model, config))
+    fully_shard(model, ignored_params=ignored, **_policies(model, config))
     _prefetch(blocks, config.prefetch)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the whole weights' memory, of which a shard will never need so much again
@@ -315,7 +316,7 @@ def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
 
 def _gather_ahead(head: nn.Module, block: nn.Module, args: tuple) -> None:
     if block.training and torch.is_grad_enabled():
-        gather_head(head, args[0].device)
+        gather_ahead(head, args[0].device)
 
 
 def _byte_sum(tensor: torch.Tensor) -> torch.Tensor:

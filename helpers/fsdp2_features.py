@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from . import checkpoints, fsdp2, t4
 from .compile_counter import CompileCounter
+from .gathered import gathered
 from .nf4_tensor import NF4Linear, unpack
 from .results import write_atomically
 from .train import TrainArguments, train
@@ -71,7 +72,8 @@ def changed_bytes(model: nn.Module, config: fsdp2.FSDP2Config) -> dict[str, tupl
     found = {}
     for name, module in model.named_modules():
         for part, wanted in expected.get(name, {}).items():
-            got = _parts(module)[part]
+            with gathered(module, device):
+                got = _parts(module)[part]
             if part == "weight" and config.param_dtype:
                 wanted = wanted.to(config.param_dtype)
             a, b = (x.contiguous().view(-1).view(torch.uint8) for x in (got, wanted.to(got.device)))

@@ -174,6 +174,18 @@ def rank_gathers(storage: str, payload: str, shape: str, nested: bool = True, **
     return changed_bytes(_model(shape, storage, payload, nested), fsdp2.FSDP2Config(**options))
 
 
+def rank_reads_ends(shape: str) -> dict:
+    """Logits of a sharded model, which reads its embedding and its head, beside the whole model's."""
+    model, ids = _model(shape, "uint8", "random", True).eval(), torch.arange(3, 19)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config())
+        got = model(input_ids=ids).logits
+    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    rows = [end.to_local().shape[0] for end in ends]
+    return {"difference": float((got - wanted).abs().max()), "rows": rows, "tied": ends[0] is ends[1]}
+
+
 def rank_refuses_unequal_weights() -> str:
     model = _model("tiny", "uint8", "random", True)
     if dist.get_rank() == 1:
@@ -377,6 +389,7 @@ def two(folder, killed, checkpoint):
 @pytest.fixture(scope="module")
 def three(folder, two):
     calls = {"tied": (rank_trains, {"folder": folder / "tied", **TIED}), "bytes": (rank_gathers, PAYLOADS[0])}
+    calls |= {f"ends {shape}": (rank_reads_ends, {"shape": shape}) for shape in ("tiny", "tiny-untied")}
     calls["full resumed"] = (rank_resumes, {"folder": folder / "offloaded", **VARIANTS["offloaded"]})
     calls["killed resumed"] = (rank_resumes, {"folder": folder / "killed", "save_steps": 2})
     calls["8-bit resumed"] = (rank_resumes, {"folder": folder / "8-bit", **VARIANTS["8-bit"]})
@@ -423,6 +436,13 @@ def test_gathered_weights_are_the_loaded_bytes(two, three):
     for changed in found:
         assert len(changed) > 60 and sum(n for _, n in changed.values()) > 400_000
         assert not any(n for n, _ in changed.values()), {k: v for k, v in changed.items() if v[0]}
+
+
+def test_embedding_and_head_are_whole_only_while_they_are_read(three):
+    for shape, tied in (("tiny", True), ("tiny-untied", False)):
+        found = [rank[f"ends {shape}"] for rank in three]
+        assert [end["rows"] for end in found] == [[171, 171], [171, 171], [170, 170]]  # of 512: not in equal parts
+        assert all(end["difference"] < 1e-5 and end["tied"] is tied for end in found)
 
 
 def test_blocks_compile_to_one_graph_without_breaks(two):
