@@ -54,7 +54,7 @@ class TrainArguments:
     deterministic: bool = _flag(True, "the same losses again on the same machine, at a few percent of speed")
     prompt: str = _flag(PROMPT, "answered before and after training; empty: not asked")
     fsdp2: bool = _flag(False, "shard the model over the processes that torchrun started (helpers/fsdp2.py)")
-    fsdp2_options: str = _flag("", "with --fsdp2: any of offload, keep-gathered, prefetch=N, full-checkpoints")
+    fsdp2_options: str = _flag("", "any of offload, keep-gathered, prefetch=N, full-checkpoints, no-peer-reads")
     rehearse_t4: bool = _flag(False, "run a Tesla T4's code on the NVIDIA card at hand (helpers/t4.py)")
     seed: int = _flag(3407, "of weights, data order and everything random")
     plan: bool = _flag(False, "print what would run and why, and the memory expected; load and train nothing")

@@ -1,0 +1,113 @@
+"""Frozen shards read where they lie: the bytes and the losses of shards that a collective gathers.
+
+On the CPU a rank's memory is a file that all ranks map; on GPUs it is symmetric memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_fsdp2 import GPU_PAYLOADS, PAYLOADS, check_shards, in_ranks, rank_gathers, rank_reads_ends, rank_trains
+from torch import Tensor
+
+from helpers.peer_reads import Lender
+
+TRAINED = {
+    "compiled": {"compile": True, "checkpointing": True, "accumulation": 2},
+    "kept": {"fsdp2_options": "keep-gathered,prefetch=2", "checkpointing": False, "loss": "full"},
+    "tied": {"model": "shape:tiny", "fsdp2_options": "prefetch=0"},
+}
+NOT_OFFLOADED = [payload for payload in PAYLOADS if not payload.get("cpu_offload")]
+
+
+def mapped(folder: Path) -> Callable:
+    """`peer_reads._symmetric` without GPUs."""
+
+    def symmetric(size: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        paths = [str(folder / f"memory of rank {rank}") for rank in range(dist.get_world_size())]
+        mine = torch.from_file(paths[dist.get_rank()], shared=True, size=size, dtype=torch.uint8)
+        dist.barrier()
+        return mine, [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
+
+    return symmetric
+
+
+@contextlib.contextmanager
+def lent(folder: Path) -> Iterator[list[int]]:
+    """Within, shards are read where they lie; how many were, one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    gather_into, read = Lender.gather_into, []
+
+    def counted(self: Lender, whole: Tensor, mine: Tensor) -> None:
+        read.append(mine.nbytes)
+        gather_into(self, whole, mine)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Lender, "gather_into", counted))
+        if not torch.cuda.is_available():
+            stack.enter_context(mock.patch("helpers.peer_reads.possible", lambda: True))
+            stack.enter_context(mock.patch("helpers.peer_reads._symmetric", mapped(folder)))
+        yield read
+
+
+def rank_reads(act: Callable, memory: Path, **more) -> dict:
+    dist.barrier()  # nobody still has the last run's files
+    with lent(memory) as read:
+        return {"found": act(**more), "read": len(read)}
+
+
+def calls_of(folder: Path, trained: dict[str, dict], payloads: list[dict]) -> dict[str, tuple]:
+    calls = {}
+    for name, more in trained.items():
+        calls[f"{name}, lent"] = (
+            rank_reads,
+            {"act": rank_trains, "memory": folder / name, "folder": folder / f"{name} 1", **more},
+        )
+        options = f"{more.get('fsdp2_options', '')} no-peer-reads"
+        calls[name] = (rank_trains, {"folder": folder / f"{name} 2", **more, "fsdp2_options": options})
+    for i, more in enumerate(payloads):
+        calls[f"bytes {i}"] = (rank_reads, {"act": rank_gathers, "memory": folder / f"bytes {i}", **more})
+    for shape in ("tiny", "tiny-untied"):
+        calls[f"ends {shape}"] = (rank_reads, {"act": rank_reads_ends, "memory": folder / shape, "shape": shape})
+    return calls
+
+
+def check(ranks: list[dict], trained: dict[str, dict], payloads: list[dict]) -> None:
+    for name in trained:
+        for key in ("losses", "norms"):
+            assert ranks[0][f"{name}, lent"]["found"][key] == ranks[0][name][key], (name, key)
+        check_shards([rank[f"{name}, lent"]["found"] for rank in ranks])
+        assert all(rank[f"{name}, lent"]["read"] > 3 * 14 for rank in ranks)  # of each payload of each weight
+        assert ranks[0][f"{name}, lent"]["found"]["breaks"] == 0
+    for rank in ranks:
+        for i in range(len(payloads)):
+            changed = rank[f"bytes {i}"]["found"]
+            assert len(changed) > 60 and not any(n for n, _ in changed.values())
+            assert rank[f"bytes {i}"]["read"]
+        for shape in ("tiny", "tiny-untied"):
+            assert rank[f"ends {shape}"]["found"]["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_read_where_they_lie_are_the_gathered_ones(tmp_path, ranks):
+    trained = TRAINED if ranks == 2 else {"tied": TRAINED["tied"]}
+    check(in_ranks(ranks, calls_of(tmp_path, trained, NOT_OFFLOADED)), trained, NOT_OFFLOADED)
+
+
+# On GPUs
+
+GPU_TRAINED = {name: {"dtype": "bfloat16", "nf4": "triton", **more} for name, more in TRAINED.items()}
+
+
+@pytest.mark.gpu
+def test_gpus_read_each_others_shards(tmp_path):
+    if torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1):
+        pytest.skip("needs 2 GPUs that reach each other's memory")
+    payloads = [payload for payload in GPU_PAYLOADS if not payload.get("cpu_offload")]
+    check(in_ranks(2, calls_of(tmp_path, GPU_TRAINED, payloads)), GPU_TRAINED, payloads)
