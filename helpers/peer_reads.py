@@ -67,11 +67,20 @@ class Lender:
 
     def lend(self, root: nn.Module) -> None:
         """All pieces are filled and stay as they are: from now on ranks may read each other's. ``root`` is called by
-        the stream that computes."""
+        the stream that computes.
+
+        Raises:
+            RuntimeError: what a rank reads is not what the other one wrote.
+        """
         root.register_forward_pre_hook(self._note_stream, prepend=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
+        mine = _sum(self.memory)
+        theirs = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(theirs, mine)  # nobody reads before all have written
+        for rank, (wanted, memory) in enumerate(zip(theirs, self.everyones, strict=True)):
+            if not torch.equal(_sum(memory), wanted):
+                raise RuntimeError(
+                    f"rank {dist.get_rank()} does not read what rank {rank} wrote: give --fsdp2_options no-peer-reads"
+                )
 
     def _note_stream(self, module: nn.Module, args: tuple) -> None:
         if self.device.type == "cuda":
@@ -109,6 +118,12 @@ class Lender:
     def stream(self) -> torch.cuda.Stream:
         """Of copies that FSDP2 does not ask for."""
         return torch.cuda.Stream()
+
+
+def _sum(memory: Tensor) -> Tensor:
+    """Of its bytes, each times its place, in pieces: as int64 they are eight times as large."""
+    places = torch.arange(1, 2**20 + 1, device=memory.device)
+    return torch.stack([(piece * places[: len(piece)]).sum() for piece in memory.split(2**20)]).sum()
 
 
 def rows_of(rows: int, ranks: int) -> int:

@@ -62,6 +62,23 @@ def rank_reads(act: Callable, memory: Path, **more) -> dict:
         return {"found": act(**more), "read": len(read)}
 
 
+def rank_misreads(memory: Path) -> str:
+    """The first rank is given its own memory for the second's."""
+    memory.mkdir(exist_ok=True)
+    symmetric = mapped(memory)
+
+    def wrong(size: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        mine, everyones = symmetric(size, device)
+        return mine, [mine, mine] if dist.get_rank() == 0 else everyones
+
+    with mock.patch("helpers.peer_reads._symmetric", wrong), pytest.raises(RuntimeError) as error:
+        lender = Lender([100], torch.device("cpu"))
+        lender.take(100, torch.uint8).fill_(1 + dist.get_rank())
+        lender.lend(torch.nn.Linear(1, 1))
+        raise RuntimeError("nothing was found out")
+    return str(error.value)
+
+
 def calls_of(folder: Path, trained: dict[str, dict], payloads: list[dict]) -> dict[str, tuple]:
     calls = {}
     for name, more in trained.items():
@@ -98,6 +115,12 @@ def check(ranks: list[dict], trained: dict[str, dict], payloads: list[dict]) -> 
 def test_shards_read_where_they_lie_are_the_gathered_ones(tmp_path, ranks):
     trained = TRAINED if ranks == 2 else {"tied": TRAINED["tied"]}
     check(in_ranks(ranks, calls_of(tmp_path, trained, NOT_OFFLOADED)), trained, NOT_OFFLOADED)
+
+
+def test_memory_that_is_not_the_other_ranks_is_found_out_before_training(tmp_path):
+    first, second = in_ranks(2, {"wrong": (rank_misreads, {"memory": tmp_path})})
+    assert "rank 0 does not read what rank 1 wrote: give --fsdp2_options no-peer-reads" in first["wrong"]
+    assert second["wrong"] == "nothing was found out"
 
 
 # On GPUs
