@@ -18,7 +18,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from .peer_reads import Lender
+from .peer_reads import Gathering, Lender
 
 aten = torch.ops.aten
 NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax, fixed in bitsandbytes
@@ -68,7 +68,7 @@ class NF4Tensor(torch.Tensor):
     def __init__(self, rows: int, encoding: NF4Encoding, tensors: dict[str, torch.Tensor]):
         self.encoding = encoding
         self.lender: Lender | None = None  # of memory for shards, which other ranks then read where they lie
-        self.whole: dict[str, torch.Tensor] | None = None  # where such a shard and the others' are gathered
+        self.gathering: Gathering | None = None  # of such a shard and the others'
         self.sent: tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]] | None = None
         for name in SHARDED + SHARED:
             setattr(self, name, tensors.get(name))
@@ -159,18 +159,16 @@ class NF4Tensor(torch.Tensor):
 
     def _read(self):
         """What `fsdp_pre_all_gather` answers where no collective is needed: all is gathered already."""
-        if self.whole is None:
-            self.whole = {name: t.new_empty(self.lender.ranks * len(t)) for name, t in self._present(SHARDED)}
-        for name, whole in self.whole.items():
-            self.lender.gather_into(whole, getattr(self, name))
-        return (self.lender.token,), dict(self._present(SHARED)) | self.whole
+        if self.gathering is None:
+            self.gathering = Gathering(self.lender, dict(self._present(SHARDED)))
+        return (self.lender.token,), dict(self._present(SHARED)) | self.gathering.fill()
 
     def fsdp_post_all_gather(self, outputs, shared, param_dtype, *, out=None):
         """The whole weight over the gathered bytes. FSDP2 reuses their storage, so ``out`` is right already."""
         if out is not None:
             return None
-        if self.whole is not None:
-            return NF4Tensor(self._rows_of(self.whole), self.encoding, shared), tuple(self.whole.values())
+        if self.gathering is not None:
+            return NF4Tensor(self._rows_of(shared), self.encoding, shared), (self.gathering.memory,)
         names = [name for name, _ in self._present(SHARDED) if name not in shared]
         gathered = {name: t.view(getattr(self, name).dtype) for name, t in zip(names, outputs, strict=True)}
         return NF4Tensor(

@@ -86,21 +86,6 @@ class Lender:
         if self.device.type == "cuda":
             self.compute = torch.cuda.current_stream()
 
-    def gather_into(self, whole: Tensor, mine: Tensor) -> None:
-        """``whole``, one after the other, is what each rank has in place of ``mine``; on the current stream.
-
-        The memory of ``whole`` is made anew, by the current stream, on which nobody counts that it is free: whoever
-        computes may be reading what was there.
-        """
-        storage = whole.untyped_storage()
-        storage.resize_(0)  # also what was gathered and never used, outside of a recording that now uses it
-        storage.resize_(whole.nbytes)
-        if self.compute is not None:
-            torch.cuda.current_stream().wait_stream(self.compute)
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):  # as FSDP2 fills its buffers
-            for to, part in zip(whole.chunk(self.ranks), self.parts(mine), strict=True):
-                to.copy_(part)
-
     def copy_aside(self, to: Sequence[Tensor], parts: Sequence[Tensor]) -> Callable[[], None]:
         """Begin to copy ``parts`` beside what the current stream computes; returns how it waits for them."""
         if self.device.type != "cuda":
@@ -118,6 +103,36 @@ class Lender:
     def stream(self) -> torch.cuda.Stream:
         """Of copies that FSDP2 does not ask for."""
         return torch.cuda.Stream()
+
+
+class Gathering:
+    """Where pieces of one weight are gathered with the other ranks', over and over, in memory made anew each time.
+
+    Args:
+        pieces: by name, this rank's.
+    """
+
+    def __init__(self, lender: Lender, pieces: dict[str, Tensor]):
+        self.lender, self.tensors, self.copies, start = lender, {}, [], 0
+        sizes = [lender.ranks * piece.nbytes for piece in pieces.values()]
+        self.memory = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device=lender.device)
+        for (name, piece), size in zip(pieces.items(), sizes, strict=True):
+            self.tensors[name] = whole = self.memory[start : start + size].view(piece.dtype)
+            self.copies += zip(whole.chunk(lender.ranks), lender.parts(piece), strict=True)
+            start += _aligned(size)
+
+    @torch.no_grad()
+    def fill(self) -> dict[str, Tensor]:
+        """The whole of each piece, made on the current stream."""
+        storage = self.memory.untyped_storage()
+        storage.resize_(0)  # what was gathered and never used may lie outside of a recording that now uses it
+        storage.resize_(self.memory.nbytes)
+        if self.lender.compute is not None:  # which may still read what was in this memory before
+            torch.cuda.current_stream().wait_stream(self.lender.compute)
+        with torch.autograd._unsafe_preserve_version_counter(self.memory):  # as FSDP2 fills its buffers
+            for to, part in self.copies:
+                to.copy_(part)
+        return self.tensors
 
 
 def _sum(memory: Tensor) -> Tensor:
@@ -141,7 +156,7 @@ def _symmetric(size: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
 
     before = torch.cuda.memory_allocated()
     memory = symmetric.empty(size, dtype=torch.uint8, device=device)
-    note_outside(size - (torch.cuda.memory_allocated() - before))  # of PyTorch's books, in some versions
+    note_outside(max(size - (torch.cuda.memory_allocated() - before), 0))  # of PyTorch's books, in some versions
     handle = symmetric.rendezvous(memory, dist.group.WORLD)
     everyones = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(dist.get_world_size())]
     memory.handle = handle  # lives as long
