@@ -40,12 +40,15 @@ def shard_ends(modules: Iterable[nn.Module], dtype: torch.dtype | None, offload:
     return set(sharded.values())
 
 
+@torch.no_grad()
 def _shard(whole: Tensor, mesh: DeviceMesh, offload: bool) -> DTensor:
     parts = whole.chunk(mesh.size())
     mine = parts[mesh.get_local_rank()].clone() if mesh.get_local_rank() < len(parts) else whole[:0].clone()
-    if offload and whole.is_cuda:
-        mine = mine.cpu().pin_memory()
-    return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+    shard = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+    if offload and whole.is_cuda:  # later, since `from_local` moves what it gets to the mesh's kind of device
+        shard = shard.cpu()
+        shard.to_local().set_(mine.cpu().pin_memory())
+    return shard
 
 
 def _forward(forward: Callable, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
