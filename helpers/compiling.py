@@ -107,8 +107,8 @@ def compile_model(
             compiled.store = HostStore()
             compiled.parts["layer inputs"] = "in host memory"
         if not sharded:
-            regions = compile(_layer), compile(attention_half), compile(feed_forward_half)
-            stack.enter_context(called_as(layers, functools.partial(_call_layer, regions, halved, compiled.store)))
+            call = compiled_layer(compile, nn.Module.__call__, halved, compiled.store, CHECKPOINTS_IN_CALL)
+            stack.enter_context(called_as(layers, functools.partial(_call_layer, call)))
         compiled.parts["rotary"] = _compile_rotary(stack, decoder, compile)
         compiled.parts["norm and loss"] = compile_loss(
             stack, base, decoder, compiled, compile, model if sharded else None
@@ -158,34 +158,49 @@ def triton_matmul_on_small_gpus() -> Iterator[None]:
         yield
 
 
-def _layer(layer: nn.Module, marked: bool, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The region of a decoder layer.
+def compiled_layer(
+    compile: Callable, run: Callable, halved: bool, store: HostStore | None, marks: bool = True
+) -> Callable[..., Tensor]:
+    """``call(layer, checkpointing, hidden, *more, **kwargs)`` is ``run(layer, hidden, *more, **kwargs)``, in regions.
 
-    A checkpoint around the compiled call would run two Python hooks for each of the fifty-odd tensors it saves, packed
-    weights and their statistics included, in forward and again in backward. In the graph it is a mark for the compiler.
+    A checkpoint around a compiled call would run two Python hooks for each of the fifty-odd tensors it saves, packed
+    weights and their statistics included, in forward and again in backward. So a checkpointed layer is done again by
+    halves; in its graph, where a checkpoint is a mark for the compiler, if it is of a kind that has none.
+
+    Args:
+        run: a decoder layer as it is uncompiled.
+        halved: layers can be done by halves (helpers/layer_checkpoint.py).
+        store: where the inputs of such layers wait for the backward pass; None: on the device.
+        marks: a layer without halves is to be checkpointed; False: ``run`` does so by itself.
     """
-    if marked:
-        return checkpoint(functools.partial(nn.Module.__call__, layer, **kwargs), *args, use_reentrant=False)
-    return nn.Module.__call__(layer, *args, **kwargs)
+
+    def whole_layer(layer: nn.Module, marked: bool, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if marked:
+            return checkpoint(functools.partial(run, layer, **kwargs), *args, use_reentrant=False)
+        return run(layer, *args, **kwargs)
+
+    region, first, second = compile(whole_layer), compile(attention_half), compile(feed_forward_half)
+
+    def call(layer: nn.Module, checkpointing: bool, hidden: Tensor, *more: Any, **kwargs: Any) -> Tensor:
+        if generates(kwargs):
+            return run(layer, hidden, *more, **kwargs)
+        checkpointing = checkpointing and layer.training and torch.is_grad_enabled()
+        if checkpointing and halved and not more:
+            return checkpointed(
+                layer, hidden, kwargs, first=first, second=second, store=store,
+                whole=lambda hidden: region(layer, False, (hidden,), kwargs),
+            )  # fmt: skip
+        return region(layer, checkpointing and marks, (hidden, *more), kwargs)
+
+    return call
 
 
-def _call_layer(
-    regions: tuple[Callable, ...], halved: bool, store: HostStore | None, cls: type, layer: nn.Module, *args, **kwargs
-) -> Tensor:
+def _call_layer(call: Callable, cls: type, layer: nn.Module, hidden: Tensor, *more: Any, **kwargs: Any) -> Tensor:
     if generates(kwargs):
-        return cls.__call__(layer, *args, **kwargs)
-    region, first, second = regions
-    hidden, *more = args
-    learning = layer.training and torch.is_grad_enabled()
+        return cls.__call__(layer, hidden, *more, **kwargs)
     if hidden.requires_grad is not torch.is_grad_enabled():  # the first layer's, which would be a graph of its own
-        hidden = hidden.detach().requires_grad_(learning)
-    checkpointing = layer.gradient_checkpointing and learning
-    if checkpointing and halved and not more:
-        return checkpointed(
-            layer, hidden, kwargs, first=first, second=second, store=store,
-            whole=lambda hidden: region(layer, False, (hidden,), kwargs),
-        )  # fmt: skip
-    return region(layer, checkpointing and CHECKPOINTS_IN_CALL, (hidden, *more), kwargs)
+        hidden = hidden.detach().requires_grad_(layer.training and torch.is_grad_enabled())
+    return call(layer, layer.gradient_checkpointing, hidden, *more, **kwargs)
 
 
 def _compile_rotary(stack: contextlib.ExitStack, decoder: nn.Module, compile: Callable) -> str:

@@ -35,15 +35,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import peer_reads
+from .compiling import compiled_layer
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
 from .gathered import gather_ahead, shard_ends
 from .host_store import HostStore
-from .layer_checkpoint import attention_half, can_be_halved, feed_forward_half, generates
-from .layer_checkpoint import checkpointed as by_halves
+from .layer_checkpoint import can_be_halved
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
 
@@ -286,35 +285,16 @@ def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:
 
 
 def _compile(blocks: list[nn.Module], checkpointed: bool, store: HostStore | None) -> None:
-    """Compile the forward of each block, all to one graph. FSDP2's hooks run in the call around it and stay outside.
-
-    Checkpointed, a block is done again by halves (helpers/layer_checkpoint.py), or, where it is of a kind not known
-    there, inside its graph. A checkpoint around the compiled call would run two Python hooks for each tensor that the
-    graph saves, and gather the block's weights before recomputing.
-    """
+    """Compile the forward of each block, all to one graph. FSDP2's hooks run in the call around it and stay outside."""
     backend = "inductor" if torch.cuda.is_available() else "eager"  # there Inductor's C++ takes longer than a run
     compile = functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=backend)
-    halved = can_be_halved(blocks[0])
-
-    def block_forward(forward, block, args, kwargs):
-        if checkpointed and torch.is_grad_enabled():
-            return checkpoint(functools.partial(forward, block, **kwargs), *args, use_reentrant=False)
-        return forward(block, *args, **kwargs)
-
-    region, first, second = compile(block_forward), compile(attention_half), compile(feed_forward_half)
-
-    def call(forward, block, *args, **kwargs):
-        if generates(kwargs):
-            return block_forward(forward, block, args, kwargs)
-        if checkpointed and halved and block.training and torch.is_grad_enabled():
-            return by_halves(
-                block, *args, kwargs, first=first, second=second, store=store,
-                whole=lambda hidden: region(forward, block, (hidden,), kwargs),
-            )  # fmt: skip
-        return region(forward, block, args, kwargs)
-
+    call = compiled_layer(compile, _forward, can_be_halved(blocks[0]), store)
     for block in blocks:
-        block.forward = functools.partial(call, type(block).forward, block)
+        block.forward = functools.partial(call, block, checkpointed)
+
+
+def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return type(block).forward(block, *args, **kwargs)  # the class's, past the one that `_compile` gives the block
 
 
 def _lender(blocks: list[nn.Module], ends: list[nn.Module]) -> peer_reads.Lender | None:

@@ -51,20 +51,22 @@ def shard_ends(
     return {parameter for parameter, _ in sharded.values()}
 
 
+@torch.no_grad()
 def _shard(whole: Tensor, mesh: DeviceMesh, offload: bool, lender: Lender | None) -> tuple[DTensor, list[Tensor]]:
     """This rank's rows, and every rank's where it may read them."""
     rows, rank, parts = rows_of(len(whole), mesh.size()), mesh.get_local_rank(), []
     mine = whole[rank * rows : (rank + 1) * rows]
-    if lender is not None:
+    if lender is None:
+        mine = mine.clone()
+    else:
         piece = lender.take(rows * whole[:1].numel(), whole.dtype)
         parts = [part.view(rows, *whole.shape[1:]) for part in lender.parts(piece)]
         parts = [part[: max(len(whole) - other * rows, 0)] for other, part in enumerate(parts)]
         mine = parts[rank].copy_(mine)
-    elif offload and whole.is_cuda:
-        mine = mine.cpu().pin_memory()
-    else:
-        mine = mine.clone()
     shard = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+    if offload and whole.is_cuda:  # later, since `from_local` moves what it gets to the mesh's kind of device
+        shard = shard.cpu()
+        shard.to_local().set_(mine.cpu().pin_memory())
     return shard, parts
 
 
