@@ -41,6 +41,7 @@ def measure_peak(function: Callable[[], T]) -> tuple[T, int]:
 
 
 _replayed = 0  # bytes at the worst moment of a CUDA graph's replay
+_recorded = 0  # bytes that the recordings hold
 _outside = 0  # bytes that PyTorch's allocator does not count
 
 
@@ -53,14 +54,20 @@ def note_outside(size: int) -> None:
 def note_replay(recorded: int) -> None:
     """Count a replay: what is allocated, and the ``recorded`` bytes of the graph's memory, which is held, in use now,
     and allocated to nobody in PyTorch's books."""
-    global _replayed
+    global _replayed, _recorded
+    _recorded = recorded
     _replayed = max(_replayed, torch.cuda.memory_allocated() + recorded)
+
+
+def uncounted() -> int:
+    """Bytes that are held and in use, but allocated to nobody in PyTorch's books: those of CUDA graphs and of others."""
+    return _recorded + _outside
 
 
 def reset_peak() -> None:
     """Begin to count peaks anew."""
-    global _replayed
-    _replayed = 0
+    global _replayed, _recorded
+    _replayed = _recorded = 0
     torch.cuda.reset_peak_memory_stats()
 
 

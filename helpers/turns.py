@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .memory import GIB, peak_gib
+from .memory import GIB, peak_gib, uncounted
 from .ranks import Job
 
 # In a contender's processes
@@ -73,7 +73,8 @@ def turn(folder: Path, limit_s: float, warm_up: int):
 
 
 class _Timeline:
-    """``rows``: this process's GPU memory as PyTorch's allocator counts it, five times a second from now on."""
+    """``rows``: this process's GPU memory, five times a second from now on: as PyTorch's allocator counts it, and what
+    CUDA graphs hold."""
 
     def __init__(self):
         import torch
@@ -89,7 +90,7 @@ class _Timeline:
             held = read()
             self.rows.append({
                 "seconds": round(time.perf_counter() - started, 1),
-                "allocated_gib": round(held.get("allocated_bytes.all.current", 0) / GIB, 3),
+                "allocated_gib": round((held.get("allocated_bytes.all.current", 0) + uncounted()) / GIB, 3),
                 "reserved_gib": round(held.get("reserved_bytes.all.current", 0) / GIB, 3),
             })  # fmt: skip
             time.sleep(0.2)

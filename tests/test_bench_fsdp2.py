@@ -7,8 +7,9 @@ import json
 import time
 
 import pytest
+import torch
 
-from helpers import bench_trainer
+from helpers import bench_trainer, memory, turns
 from helpers.bench_fsdp2 import Bench, Case
 
 STAND_IN = """
@@ -102,3 +103,14 @@ def test_the_trainers_bench_keeps_what_did_not_fail(tmp_path, monkeypatch, capsy
     with open(tmp_path / "trainer_bench.csv", newline="") as file:
         assert [row["first_losses"] for row in csv.DictReader(file)] == ["12.50000 12.25000"] * 2
     assert "stock    FAILED: rank 0 ended with code 1: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+def test_memory_over_time_counts_what_recordings_hold(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"allocated_bytes.all.current": memory.GIB})
+    monkeypatch.setattr(memory, "_recorded", 0)
+    memory.note_replay(2 * memory.GIB)
+    timeline = turns._Timeline()
+    while not timeline.rows:
+        pass
+    assert timeline.rows[0]["allocated_gib"] == 3
