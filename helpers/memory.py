@@ -60,7 +60,7 @@ def note_replay(recorded: int) -> None:
 
 
 def uncounted() -> int:
-    """Bytes that are held and in use, but allocated to nobody in PyTorch's books: those of CUDA graphs and of others."""
+    """Bytes that are held and in use, but allocated to nobody in PyTorch's books: of CUDA graphs and of others."""
     return _recorded + _outside
 
 
