@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_fsdp2 import GPU_PAYLOADS, PAYLOADS, check_shards, in_ranks, rank_gathers, rank_reads_ends, rank_trains
+from test_sharded_steps import close, rank_replays
 from torch import Tensor
 
 from helpers.peer_reads import Gathering, Lender
@@ -121,6 +122,26 @@ def test_memory_that_is_not_the_other_ranks_is_found_out_before_training(tmp_pat
     first, second = in_ranks(2, {"wrong": (rank_misreads, {"memory": tmp_path})})
     assert "rank 0 does not read what rank 1 wrote: give --fsdp2_options no-peer-reads" in first["wrong"]
     assert second["wrong"] == "nothing was found out"
+
+
+def rank_replays_reading(folder: Path, **more) -> dict:
+    """Replayed steps whose copies wait, by CUDA's rules, for the stream that computes."""
+
+    def note(lender: Lender, *_) -> None:
+        lender.compute = torch.cuda.current_stream()
+
+    with mock.patch.object(Lender, "_note_stream", note):
+        return rank_reads(rank_replays, folder / "memory", folder=folder, ranks=2, replayed=True, **more)
+
+
+def test_replayed_steps_read_as_others_do(tmp_path):
+    more = {"model": "shape:deep-untied", "checkpointing": True, "accumulation": 2}
+    first, _ = in_ranks(2, {
+        "lent": (rank_replays_reading, {"folder": tmp_path / "lent", **more}),
+        "not": (rank_replays, {"folder": tmp_path / "not", "ranks": 2, "replayed": False, **more}),
+    })  # fmt: skip
+    assert first["lent"]["read"] and first["lent"]["found"]["replayed"]
+    close(first["lent"]["found"], first["not"], 1e-5)
 
 
 # On GPUs
