@@ -54,6 +54,7 @@ def start_ranks(device: str = "cuda") -> torch.device:
 def stop_ranks() -> None:
     """Leave the process group once the work is done; after an error the launcher ends the other ranks instead."""
     if dist.is_initialized():
+        dist.barrier()  # or a thread of gloo's may hold the last tensor when Python ends, and abort (pytorch#179291)
         dist.destroy_process_group()
 
 
