@@ -12,7 +12,6 @@ lie in that table already and are not searched for again stay: each memory may b
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import importlib.util
 import json
@@ -33,7 +32,7 @@ from .bench_fsdp2 import CONTEXT_GIB
 from .bench_trainer import SAVE, Case, ours, unsloth
 from .memory import GIB
 from .ranks import places
-from .results import write_rows
+from .results import read_rows, write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
 # GiB (at most the card's own), compute dtype, and tokens of the first probe.
@@ -223,10 +222,7 @@ def bench(
 
 def _read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """The rows of an earlier run, by memory, shape and contender."""
-    if not path.exists():
-        return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    rows: list[dict[str, Any]] = [*read_rows(path)]
     for row in rows:
         row["tokens"], row["next_does_not_fit"] = int(row["tokens"]), row["next_does_not_fit"] == "True"
     return {(row["memory"], row["shape"], row["contender"]): row for row in rows}

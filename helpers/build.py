@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import hashlib
 import json
 import re
@@ -24,7 +23,7 @@ from nbformat import NotebookNode
 from . import __version__, catalogue, checks, readme
 from .catalogue import badges, copies, slug
 from .environment import ROOT, SetupError
-from .results import write_atomically, write_rows
+from .results import read_rows, write_atomically, write_rows
 
 HOSTS = ("kaggle", "colab")
 REHEARSED = "_t4rehearsal"  # ends the names of a rehearsal's figures
@@ -129,19 +128,18 @@ def promote(run: Path) -> list[Path]:
     for kind in {(path.name[0], REHEARSED in path.stem) for path in files if path.name not in readme.PROMOTED}:
         for old in figures_of(*kind, ROOT / "figures"):
             old.unlink()
-    others = [row for row in readme.bench_rows(readme.DECODE) if row["machine"] not in _machines(run / readme.DECODE)]
+    others = _of_other_machines(readme.bench_rows(readme.DECODE), read_rows(run / readme.DECODE))
     for path in files:
         shutil.copyfile(path, ROOT / "figures" / path.name)
-        if path.name == readme.DECODE and others:
-            write_rows([*readme.bench_rows(readme.DECODE), *others], ROOT / "figures" / path.name)
+    if others:
+        write_rows([*readme.bench_rows(readme.DECODE), *others], ROOT / "figures" / readme.DECODE)
     return [*taken, *(ROOT / "figures" / path.name for path in files)]
 
 
-def _machines(path: Path) -> set[str]:
-    if not path.exists():
-        return set()
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["machine"] for row in csv.DictReader(file)}
+def _of_other_machines(kept: readme.Rows, taken: readme.Rows) -> readme.Rows:
+    """Those of ``kept`` that ``taken`` does not measure anew; none if nothing is taken: then all stay as they lie."""
+    machines = {row["machine"] for row in taken}
+    return [row for row in kept if row["machine"] not in machines] if machines else []
 
 
 def figures_of(letter: str, rehearsal: bool, folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ and why. Everything measured comes from the results files.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from . import catalogue, step_costs
 from .environment import ROOT
-from .results import write_atomically
+from .results import read_rows, write_atomically
 
 BENCH = "trainer_bench.csv"  # as `python3 -m helpers.bench_trainer` writes it
 CONTEXT = "context_bench.csv"  # as `python3 -m helpers.bench_context` does
@@ -106,11 +105,7 @@ def _row(*cells: object) -> str:
 
 def bench_rows(name: str = BENCH) -> Rows:
     """Rows of a committed bench, the trainer's if no other; none where there is none."""
-    path = ROOT / "figures" / name
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_rows(ROOT / "figures" / name)
 
 
 def _headline() -> str:

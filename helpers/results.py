@@ -61,6 +61,14 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return path
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_rows` wrote to ``path``; none where there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def save_figure(fig: Figure, stem: str, rows: Iterable[Mapping[str, Any]]) -> Figure:
     """Save ``fig`` as ``<stem>.png`` and the rows it is drawn from as ``<stem>.csv``; return it for inline display."""
     import matplotlib.pyplot as plt

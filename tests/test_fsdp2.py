@@ -159,12 +159,17 @@ def rank_loads(folder, checkpoint) -> dict:
         checkpoints.load_base = real
 
 
-def rank_resumes(folder, **more) -> dict:
-    """Train on from the last checkpoint but the one of the end, in a copy of a run's folder."""
-    copy = Path(f"{folder} resumed on {dist.get_world_size()}")
+def copy_without_the_end(folder, name: str) -> Path:
+    """A copy of a run's folder, whose last checkpoint is the one before that of the end; the same on every rank."""
+    copy = Path(f"{folder} {name}")
     if dist.get_rank() == 0:
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
     dist.barrier()
+    return copy
+
+
+def rank_resumes(folder, **more) -> dict:
+    copy = copy_without_the_end(folder, f"resumed on {dist.get_world_size()}")
     return rank_trains(copy, resume=True, **more)
 
 

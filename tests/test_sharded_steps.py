@@ -11,9 +11,7 @@ import faulthandler
 import functools
 import gc
 import os
-import shutil
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from played_streams import played
 from test_compiling import OnTheCPU
-from test_fsdp2 import LIMIT_S, STEPS, arguments, clipped_at, in_ranks
+from test_fsdp2 import LIMIT_S, STEPS, arguments, clipped_at, copy_without_the_end, in_ranks
 from transformers import TrainerCallback
 
 from helpers import checkpoints, compiled_loss, compiling
@@ -120,12 +118,7 @@ def rank_replays(folder, ranks: int, replayed: bool, pad_to: int = 8, resume: bo
 
 
 def rank_resumes(folder, **more) -> dict:
-    """Train on from the last checkpoint but the one of the end, in a copy of a run's folder."""
-    copy = Path(f"{folder} resumed")
-    if dist.get_rank() == 0:
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
-    dist.barrier()
-    return rank_replays(copy, resume=True, **more)
+    return rank_replays(copy_without_the_end(folder, "resumed"), resume=True, **more)
 
 
 def rank_agrees(batches: list) -> list:
