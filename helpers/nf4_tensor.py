@@ -171,9 +171,7 @@ class NF4Tensor(torch.Tensor):
             return NF4Tensor(self._rows_of(shared), self.encoding, shared), (self.gathering.memory,)
         names = [name for name, _ in self._present(SHARDED) if name not in shared]
         gathered = {name: t.view(getattr(self, name).dtype) for name, t in zip(names, outputs, strict=True)}
-        return NF4Tensor(
-            self._rows_of(gathered), self.encoding, gathered | shared
-        ), ()  # FSDP2 frees the outputs itself
+        return NF4Tensor(self._rows_of(gathered), self.encoding, gathered | shared), ()  # FSDP2 frees the outputs
 
     def _rows_of(self, tensors: dict[str, torch.Tensor]) -> int:
         return 2 * tensors["packed"].numel() // self.encoding.row
@@ -342,4 +340,5 @@ def replace_linears(model: nn.Module, made_of: Callable[[Linear4bit], nn.Module]
     ]
     for parent, name, child in found:
         setattr(parent, name, made_of(child))
+        child.weight.module = None  # which holds the weight in turn, so that its memory would wait for Python's gc
     return len(found)
