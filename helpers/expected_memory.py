@@ -182,11 +182,11 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
         options = FSDP2Config.parse(args.fsdp2_options)
         work += (2 if options.reshard_after_forward else s.layers) * sum(weights[:2]) // s.layers
         if args.compile and options.prefetch:  # the head is gathered beside the last layer's forward
-            ahead = 2 * sum(weights[:2]) // s.layers + width * (
-                s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden)
-            )
-            loss = max(loss, workspaces + ahead)
+            layers = 2 * sum(weights[:2]) // s.layers + width * s.largest
+            loss = max(loss, workspaces + layers + width * tokens * (2 * s.feed_forward + 7 * s.hidden))
         loss += width * s.vocabulary * s.hidden
+        whole = (2 if args.cuda_graphs else 1) * width * s.adapters  # adapters; a recording keeps where they arrive
+        work, loss = work + whole, max(loss, (width + 4 + 4 // ranks) * s.adapters) + whole  # or their gradients' sum
         weights = (0, 0, 0) if options.cpu_offload else tuple(x // ranks for x in weights)
         trained = tuple(x // ranks for x in trained)
     dense = args.attention in ("eager", "stock") or (args.packing and args.attention == "sdpa")  # a mask for each head

@@ -151,10 +151,15 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     elif head is None or head.weight is not embedding.weight:
         for module in ends:
             fully_shard(module, **_policies(module, config))
+    # The root takes what trains, also within blocks, and gathers and reduces it once a micro-step: adapters are small,
+    # and their collectives, block by block, would take multiprocessors from the products beside them.
+    frozen = {p for block in blocks for p in block.parameters() if not p.requires_grad}
+    fully_shard(model, ignored_params=ignored | frozen, **_policies(model, config))
     for block in blocks:
-        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **_policies(block, config))
-    fully_shard(model, ignored_params=ignored, **_policies(model, config))
-    _prefetch(blocks, config.prefetch)
+        trained = {p for p in block.parameters() if p.requires_grad}
+        policies = _policies(block, config)
+        fully_shard(block, reshard_after_forward=config.reshard_after_forward, ignored_params=trained, **policies)
+    _prefetch([model, *blocks], config.prefetch)
     if lender is not None:
         lender.lend(model)
     if torch.cuda.is_available():
@@ -315,10 +320,10 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
-    for i, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
-        block.set_modules_to_backward_prefetch(blocks[max(i - ahead, 0) : i][::-1])
+def _prefetch(modules: list[FSDPModule], ahead: int) -> None:
+    for i, module in enumerate(modules):
+        module.set_modules_to_forward_prefetch(modules[i + 1 : i + 1 + ahead])
+        module.set_modules_to_backward_prefetch(modules[max(i - ahead, 0) : i][::-1])
 
 
 def _gather_ahead(head: nn.Module, block: nn.Module, args: tuple) -> None:
