@@ -157,8 +157,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     fully_shard(model, ignored_params=ignored | frozen, **_policies(model, config))
     for block in blocks:
         trained = {p for p in block.parameters() if p.requires_grad}
-        policies = _policies(block, config)
-        fully_shard(block, reshard_after_forward=config.reshard_after_forward, ignored_params=trained, **policies)
+        again = config.reshard_after_forward and block is not blocks[-1]  # whose backward pass comes at once
+        fully_shard(block, reshard_after_forward=again, ignored_params=trained, **_policies(block, config))
     _prefetch([model, *blocks], config.prefetch)
     if lender is not None:
         lender.lend(model)
