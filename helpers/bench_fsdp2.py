@@ -35,10 +35,13 @@ from .turns import take_turn, turn, warm
 WARMUP = 2  # steps that compile and fill the allocator
 CONTEXT_GIB = 1.0  # of a process beside what is capped: CUDA's context, NCCL's buffers
 RUNS = ("2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "2:ours, bitsandbytes' linear")
-FURTHER_RUNS = ("2:ours, launched one by one", "2:ours, float32 AdamW", "2:torch AO's NF4 in ours")
+FURTHER_RUNS = (
+    "2:ours, all gathered by NCCL", "2:ours, launched one by one", "2:ours, float32 AdamW", "2:torch AO's NF4 in ours",
+)  # fmt: skip
 # Flags of helpers.train that a contender has besides Case's.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, 8-bit Adam": {"cuda_graphs": True},
+    "ours, all gathered by NCCL": {"cuda_graphs": True, "fsdp2_options": "no-peer-reads"},
     "ours, launched one by one": {},
     "ours, float32 AdamW": {"optimizer": "adamw_torch", "cuda_graphs": True},
     "ours, bitsandbytes' linear": {"nf4": "bitsandbytes", "cuda_graphs": True},

@@ -9,14 +9,17 @@ to `nf4_bench.csv`, one a measurement, with machine and versions; `Rows.get` fin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import math
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +28,7 @@ import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from . import host, nf4_linear
+from . import checkpoints, host, nf4_linear
 from .nf4 import dequantize_nf4, empty_strided, statistics_of
 from .nf4_baselines import (
     Decoder,
@@ -331,6 +334,26 @@ def linear_layers(rows: Rows, rounds: int) -> None:
             contenders = {name: lambda f=f, x=x, g=grad: torch.autograd.grad(f(x), x, g) for name, f in layers.items()}
             for name, value in wall_times(contenders, rounds, 5).items():
                 rows.add("linear, forward and backward", f"{tokens} tokens", dtype, name, value, "us")
+
+
+def training_steps(rows: Rows, model: str = "shape:llama-3.2-1b-4-layers", tokens: tuple[int, ...] = TOKENS) -> None:
+    """A step of the trainer, launched one by one, with bitsandbytes' own linear layers and with its default.
+
+    Not for a process that has imported Unsloth, which changes the trainer.
+    """
+    from .train import TrainArguments, train
+
+    for count in tokens:
+        for name, nf4 in (("bitsandbytes", "bitsandbytes"), ("default", "auto")):
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                run = train(TrainArguments(
+                    model=model, dataset=f"random:{count}-{count}x64", output_dir=folder, steps=15, batch_size=1,
+                    accumulation=1, max_length=count, nf4=nf4, compile=False, checkpointing=False, deterministic=False,
+                    prompt="",
+                ))  # fmt: skip
+            dtype = checkpoints.default_dtype()
+            rows.add("training step", f"{count} tokens", dtype, name, 1e3 * run.median_step_s, "ms")
+            rows.add("training step, peak memory", f"{count} tokens", dtype, name, run.peak_allocated_gib, "GiB")
 
 
 def table(rows: list[dict]) -> str:

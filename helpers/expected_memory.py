@@ -21,6 +21,7 @@ from . import checkpoints
 from .attention import device_capability
 from .compiled_loss import chunk_rows
 from .compiling import PAD_TO
+from .fsdp2 import FSDP2Config
 from .layer_checkpoint import can_be_halved, parts
 from .linear_loss import COMPILE_LOGITS
 from .linear_plan import FROZEN_LOGITS, LEAST_ROWS
@@ -178,8 +179,15 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
         workspaces *= 2
     work, loss = workspaces + width * s.largest, workspaces + _loss_bytes(s, args, tokens, width)  # a weight, decoded
     if ranks > 1:  # whole at a time: two layers, or the head
-        work, loss = work + 2 * sum(weights[:2]) // s.layers, loss + width * s.vocabulary * s.hidden
-        weights = (0, 0, 0) if "offload" in args.fsdp2_options else tuple(x // ranks for x in weights)
+        options = FSDP2Config.parse(args.fsdp2_options)
+        work += (2 if options.reshard_after_forward else s.layers) * sum(weights[:2]) // s.layers
+        if args.compile and options.prefetch:  # the head is gathered beside the last layer's forward
+            ahead = 2 * sum(weights[:2]) // s.layers + width * (
+                s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden)
+            )
+            loss = max(loss, workspaces + ahead)
+        loss += width * s.vocabulary * s.hidden
+        weights = (0, 0, 0) if options.cpu_offload else tuple(x // ranks for x in weights)
         trained = tuple(x // ranks for x in trained)
     dense = args.attention in ("eager", "stock") or (args.packing and args.attention == "sdpa")  # a mask for each head
     layer = tokens * saved_bytes(

@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import peer_reads
 from .compiling import compiled_layer
 from .fsdp2_optimizer import step_on_shards, step_without_waiting
 from .gathered import gather_ahead, shard_ends
@@ -61,7 +62,8 @@ class FSDP2Config:
     block's weights between forward and backward. ``prefetch``: blocks gathered ahead of the one that computes.
     ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``), with ``checkpoint_blocks`` so that
     its graph recomputes in backward. ``decoder``: ``triton`` or ``bitsandbytes``. ``full_checkpoints``: one file that
-    any world size reads, gathered on rank 0, instead of one a rank (which any world size reads too).
+    any world size reads, gathered on rank 0, instead of one a rank (which any world size reads too). ``peer_reads``:
+    frozen shards are read where they lie (helpers/peer_reads.py); None: where that is possible.
     """
 
     param_dtype: torch.dtype | None = None
@@ -72,6 +74,7 @@ class FSDP2Config:
     checkpoint_blocks: bool = False
     decoder: str = "bitsandbytes"
     full_checkpoints: bool = False
+    peer_reads: bool | None = None
 
     @classmethod
     def parse(cls, options: str, **fields: Any) -> FSDP2Config:
@@ -82,7 +85,7 @@ class FSDP2Config:
         """
         known = {
             "offload": ("cpu_offload", True), "keep-gathered": ("reshard_after_forward", False),
-            "full-checkpoints": ("full_checkpoints", True),
+            "full-checkpoints": ("full_checkpoints", True), "no-peer-reads": ("peer_reads", False),
         }  # fmt: skip
         for word in filter(None, re.split(r"[,\s]+", options)):
             if ahead := re.fullmatch(r"prefetch=(\d+)", word):
@@ -136,9 +139,13 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = [module for module in (embedding, head) if module is not None]
+    frozen_ends = not any(parameter.requires_grad for module in ends for parameter in module.parameters())
+    lender = None
+    if config.peer_reads or (config.peer_reads is None and not config.cpu_offload and peer_reads.possible()):
+        lender = _lender(blocks, ends if frozen_ends else [])
     ignored: set[nn.Parameter] = set()
-    if not any(parameter.requires_grad for module in ends for parameter in module.parameters()):
-        ignored = shard_ends(ends, config.param_dtype, config.cpu_offload)
+    if frozen_ends:
+        ignored = shard_ends(ends, config.param_dtype, config.cpu_offload, lender)
         if head is not None and config.compile_blocks and config.prefetch:  # compiled, the loss reads it itself
             blocks[-1].register_forward_pre_hook(functools.partial(_gather_ahead, head))
     elif head is None or head.weight is not embedding.weight:
@@ -148,6 +155,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
         fully_shard(block, reshard_after_forward=config.reshard_after_forward, **_policies(block, config))
     fully_shard(model, ignored_params=ignored, **_policies(model, config))
     _prefetch(blocks, config.prefetch)
+    if lender is not None:
+        lender.lend(model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the whole weights' memory, of which a shard will never need so much again
     return model
@@ -286,6 +295,24 @@ def _compile(blocks: list[nn.Module], checkpointed: bool, store: HostStore | Non
 
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     return type(block).forward(block, *args, **kwargs)  # the class's, past the one that `_compile` gives the block
+
+
+def _lender(blocks: list[nn.Module], ends: list[nn.Module]) -> peer_reads.Lender | None:
+    """Memory for the shards of all 4-bit weights of ``blocks`` and of all weights of ``ends``; None: there are none."""
+    ranks = dist.get_world_size()
+    weights = [p for block in blocks for p in block.parameters() if isinstance(p, NF4Tensor)]
+    pieces = [size for weight in weights for size in weight.shard_bytes(ranks)]
+    pieces += [peer_reads.rows_of(p.shape[0], ranks) * p[:1].nbytes for p in {p for m in ends for p in m.parameters()}]
+    if not pieces:
+        return None
+    lender = peer_reads.Lender(pieces, _device())
+    for weight in weights:
+        weight.lender = lender
+    return lender
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:

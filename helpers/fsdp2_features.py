@@ -37,6 +37,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     FIRST: {"save_steps": 2},
     "weights kept gathered after forward": {"fsdp2_options": "keep-gathered"},
     "prefetch 2": {"fsdp2_options": "prefetch=2"},
+    "all gathered by collectives": {"fsdp2_options": "no-peer-reads"},
     "no checkpointing": {"checkpointing": False},
     "CPU offload": {"fsdp2_options": "offload"},
     "full instead of sharded checkpoints": {"fsdp2_options": "full-checkpoints", "save_steps": 2},

@@ -42,6 +42,13 @@ def measure_peak(function: Callable[[], T]) -> tuple[T, int]:
 
 _replayed = 0  # bytes at the worst moment of a CUDA graph's replay
 _recorded = 0  # bytes that the recordings hold
+_outside = 0  # bytes that PyTorch's allocator does not count
+
+
+def note_outside(size: int) -> None:
+    """Count ``size`` bytes that this process holds beside what PyTorch allocates, until it ends."""
+    global _outside
+    _outside += size
 
 
 def note_replay(recorded: int) -> None:
@@ -53,8 +60,8 @@ def note_replay(recorded: int) -> None:
 
 
 def uncounted() -> int:
-    """Bytes that are held and in use, but allocated to nobody in PyTorch's books: those of CUDA graphs."""
-    return _recorded
+    """Bytes that are held and in use, but allocated to nobody in PyTorch's books: of CUDA graphs and of others."""
+    return _recorded + _outside
 
 
 def reset_peak() -> None:
@@ -71,4 +78,5 @@ def peak_gib() -> tuple[float, float]:
     """
     if not torch.cuda.is_available():
         return 0.0, 0.0
-    return max(torch.cuda.max_memory_allocated(), _replayed) / GIB, torch.cuda.max_memory_reserved() / GIB
+    allocated = max(torch.cuda.max_memory_allocated(), _replayed)
+    return (allocated + _outside) / GIB, (torch.cuda.max_memory_reserved() + _outside) / GIB

@@ -18,6 +18,8 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
+from .peer_reads import Gathering, Lender
+
 aten = torch.ops.aten
 NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax, fixed in bitsandbytes
 SHARDED = ("packed", "absmax", "absmax2")
@@ -65,6 +67,8 @@ class NF4Tensor(torch.Tensor):
 
     def __init__(self, rows: int, encoding: NF4Encoding, tensors: dict[str, torch.Tensor]):
         self.encoding = encoding
+        self.lender: Lender | None = None  # of memory for shards, which other ranks then read where they lie
+        self.gathering: Gathering | None = None  # of such a shard and the others'
         self.sent: tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]] | None = None
         for name in SHARDED + SHARED:
             setattr(self, name, tensors.get(name))
@@ -104,6 +108,11 @@ class NF4Tensor(torch.Tensor):
         """Bytes of weight and scales held here, of a shard or of the whole."""
         return sum(t.nbytes for _, t in self._present(SHARDED))
 
+    def shard_bytes(self, shards: int) -> list[int]:
+        """Of each inner tensor of a shard, one of ``shards``."""
+        rows = self.shape[0] // shards
+        return [rows * self._per_row(name) * t.itemsize for name, t in self._present(SHARDED)]
+
     def _present(self, names: tuple[str, ...] = SHARDED + SHARED) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, value) for name in names if (value := getattr(self, name)) is not None)
 
@@ -113,7 +122,9 @@ class NF4Tensor(torch.Tensor):
     def _with(self, rows: int, change: Any) -> NF4Tensor:
         """A tensor of ``rows`` rows whose sharded inner tensors are ``change(name, tensor)``."""
         tensors = dict(self._present(SHARED)) | {name: change(name, t) for name, t in self._present(SHARDED)}
-        return NF4Tensor(rows, self.encoding, tensors)
+        made = NF4Tensor(rows, self.encoding, tensors)
+        made.lender = self.lender
+        return made
 
     def _rows(self, start: int, end: int) -> NF4Tensor:
         end = min(end, self.shape[0])
@@ -134,6 +145,8 @@ class NF4Tensor(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """This rank's bytes, all as uint8 so that no copy on the way is numeric, and the tensors all ranks share."""
+        if self.lender is not None:
+            return self._read()
         if self.sent is None:  # a frozen shard sends the same every time
             # On one rank FSDP2 copies the first tensor and forgets the others, which are whole as they are.
             sharded = SHARDED if mesh.size() > 1 else ("packed",)
@@ -144,14 +157,24 @@ class NF4Tensor(torch.Tensor):
     # FSDP2 asks for it at every gather, and to read it off the code takes inspect as long as all of the above.
     fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)
 
+    def _read(self):
+        """What `fsdp_pre_all_gather` answers where no collective is needed: all is gathered already."""
+        if self.gathering is None:
+            self.gathering = Gathering(self.lender, dict(self._present(SHARDED)))
+        return (self.lender.token,), dict(self._present(SHARED)) | self.gathering.fill()
+
     def fsdp_post_all_gather(self, outputs, shared, param_dtype, *, out=None):
         """The whole weight over the gathered bytes. FSDP2 reuses their storage, so ``out`` is right already."""
         if out is not None:
             return None
+        if self.gathering is not None:
+            return NF4Tensor(self._rows_of(shared), self.encoding, shared), (self.gathering.memory,)
         names = [name for name, _ in self._present(SHARDED) if name not in shared]
         gathered = {name: t.view(getattr(self, name).dtype) for name, t in zip(names, outputs, strict=True)}
-        rows = 2 * gathered["packed"].numel() // self.encoding.row
-        return NF4Tensor(rows, self.encoding, gathered | shared), ()  # FSDP2 frees the outputs itself
+        return NF4Tensor(self._rows_of(gathered), self.encoding, gathered | shared), ()  # FSDP2 frees the outputs
+
+    def _rows_of(self, tensors: dict[str, torch.Tensor]) -> int:
+        return 2 * tensors["packed"].numel() // self.encoding.row
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -215,7 +238,13 @@ def _only_rows(dim: int) -> None:
 
 
 def _new_zeros(weight: NF4Tensor, size: Any, dtype=None, layout=None, device=None, pin_memory=None) -> NF4Tensor:
-    return weight._with(size[0], lambda name, t: t.new_zeros(size[0] * weight._per_row(name), device=device))
+    def zeros(name: str, t: torch.Tensor) -> torch.Tensor:
+        count = size[0] * weight._per_row(name)
+        return (
+            t.new_zeros(count, device=device) if weight.lender is None else weight.lender.take(count, t.dtype).zero_()
+        )
+
+    return weight._with(size[0], zeros)
 
 
 def _copy_(target: NF4Tensor, source: NF4Tensor, non_blocking: bool = False) -> NF4Tensor:
@@ -311,4 +340,5 @@ def replace_linears(model: nn.Module, made_of: Callable[[Linear4bit], nn.Module]
     ]
     for parent, name, child in found:
         setattr(parent, name, made_of(child))
+        child.weight.module = None  # which holds the weight in turn, so that its memory would wait for Python's gc
     return len(found)

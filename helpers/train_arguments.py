@@ -54,7 +54,7 @@ class TrainArguments:
     deterministic: bool = _flag(True, "the same losses again on the same machine, at a few percent of speed")
     prompt: str = _flag(PROMPT, "answered before and after training; empty: not asked")
     fsdp2: bool = _flag(False, "shard the model over the processes that torchrun started (helpers/fsdp2.py)")
-    fsdp2_options: str = _flag("", "with --fsdp2: any of offload, keep-gathered, prefetch=N, full-checkpoints")
+    fsdp2_options: str = _flag("", "any of offload, keep-gathered, prefetch=N, full-checkpoints, no-peer-reads")
     rehearse_t4: bool = _flag(False, "run a Tesla T4's code on the NVIDIA card at hand (helpers/t4.py)")
     seed: int = _flag(3407, "of weights, data order and everything random")
     plan: bool = _flag(False, "print what would run and why, and the memory expected; load and train nothing")
@@ -69,7 +69,8 @@ def quickest(args: TrainArguments) -> TrainArguments:
     if cuda_graphs is None:
         dtype = checkpoints.default_dtype() if args.dtype == "auto" else DTYPES.get(args.dtype, torch.float32)
         cuda_graphs = (
-            compile and gpu and torch.cuda.get_device_capability() >= (8, 0) and not args.fsdp2
+            compile and gpu and torch.cuda.get_device_capability() >= (8, 0)
+            and all(_replays_shards(args).values())
             and not (args.packing and _no_packed_graphs(args.attention, dtype))
         )  # fmt: skip
     return replace(args, compile=compile, cuda_graphs=cuda_graphs)
@@ -108,10 +109,7 @@ def decided(args: TrainArguments) -> TrainArguments:
     if args.fsdp2 and args.loss == "trl":
         raise ValueError("--loss trl reads the head past FSDP2, which shards it; use --loss chunked with --fsdp2")
     values["loss"] = _choice("loss", values["loss"], {"chunked": True, "trl": gpu and not args.fsdp2, "full": True})
-    against = {"a GPU": gpu, "--compile": args.compile}
-    if args.fsdp2:
-        offloads = fsdp2.FSDP2Config.parse(args.fsdp2_options).cpu_offload  # the CPU adds gradients up
-        against |= {"no --fsdp2_options offload": not offloads, "torch 2.11": torch.__version__ >= LEAST_TORCH}
+    against = {"a GPU": gpu, "--compile": args.compile} | _replays_shards(args)
     if args.cuda_graphs and (missing := [need for need, there in against.items() if not there]):
         raise ValueError(f"--cuda_graphs needs {', '.join(missing)}")
     if args.cuda_graphs and args.packing and (why := _no_packed_graphs(args.attention, DTYPES[values["dtype"]])):
@@ -126,6 +124,14 @@ def decided(args: TrainArguments) -> TrainArguments:
         values["nf4"] = "bitsandbytes"  # the interpreter is right, and slow
     values["nf4"] = _choice("nf4", values["nf4"], {"triton": gpu or interpreted, "bitsandbytes": True})
     return TrainArguments(**values)
+
+
+def _replays_shards(args: TrainArguments) -> dict[str, bool]:
+    """What CUDA graphs of a sharded step need, and whether it is there; nothing if none is sharded."""
+    if not args.fsdp2:
+        return {}
+    offloads = fsdp2.FSDP2Config.parse(args.fsdp2_options).cpu_offload  # the CPU adds gradients up
+    return {"no --fsdp2_options offload": not offloads, "torch 2.11": torch.__version__ >= LEAST_TORCH}
 
 
 def _no_packed_graphs(name: str, dtype: torch.dtype) -> str | None:

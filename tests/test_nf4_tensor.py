@@ -1,5 +1,7 @@
 """NF4Tensor alone: no copy, no other byte, every operation that FSDP2 performs, and the same result compiled."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +116,17 @@ def test_two_layers_share_one_graph():
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
         layer(torch.randn(5, 64))
     assert len(graphs) == 1
+
+
+def test_replaced_layers_go_at_once():
+    model = nn.Sequential(linear())
+    replaced = weakref.ref(model[0])
+    gc.disable()
+    try:
+        use_nf4_tensors(model)
+        assert replaced() is None
+    finally:
+        gc.enable()
 
 
 def test_replaces_every_4bit_linear_in_place():

@@ -173,6 +173,8 @@ def test_ranks_share_what_is_sharded(monkeypatch):
     assert half.saved == whole.saved and half.work > whole.work and half.loss > whole.loss
     offloaded = dataclasses.replace(alone, fsdp2=True, fsdp2_options="offload")
     assert sum(expected_memory.expected(config, offloaded, [2048]).weights) == 0
+    kept = expected_memory.expected(config, dataclasses.replace(offloaded, fsdp2_options="keep-gathered"), [2048])
+    assert kept.work - half.work == sum(whole.weights[:2]) * 30 // 32  # all layers, not two
 
 
 def test_the_longest_batch_of_a_run_is_expected():

@@ -192,8 +192,8 @@ def test_gpus_replay_the_losses_of_eager_steps(tmp_path, ranks):
             calls[name, replayed] = (rank_replays, {"folder": tmp_path / f"{name} {replayed}", **more})
     calls["resumed"] = (rank_resumes, {**calls[128, True][1]})
     found = in_ranks(ranks, calls)
-    close(found[0][128, True], found[0][128, False], 1e-6)  # all of one length: the same kernels
-    close(found[0]["resumed"], found[0][128, True], 1e-6)
+    close(found[0][128, True], found[0][128, False], 1e-4)  # all of one length; 1e-5 after five steps on H200s
+    close(found[0]["resumed"], found[0][128, True], 1e-4)
     for name in (16, "packed"):  # of other lengths, where another rank's are longer
         close(found[0][name, True], found[0][name, False], 2e-3, ("losses", "evaluated"))
     assert all(len(shapes) == 3 for shapes in found[0]["packed", True]["recorded"])  # positions too

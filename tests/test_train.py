@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from helpers import checkpoints, fsdp2, merge
+from helpers.sharded_steps import LEAST_TORCH
 from helpers.train import QLoRATrainer, TrainArguments, main, train
 from helpers.train_arguments import quickest
 
@@ -179,7 +180,8 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, said)
         ((9, 0), {"steps": 10, "cuda_graphs": True}, True, True),
         ((9, 0), {"loss": "full"}, False, False),
         ((9, 0), {"offload": True}, True, True),
-        ((9, 0), {"fsdp2": True}, True, False),
+        ((9, 0), {"fsdp2": True}, True, torch.__version__ >= LEAST_TORCH),
+        ((9, 0), {"fsdp2": True, "fsdp2_options": "offload"}, True, False),
         ((9, 0), {"packing": True, "attention": "flex"}, True, False),
         ((9, 0), {"compile": False}, False, False),
         (None, {}, False, False),

@@ -1,0 +1,163 @@
+"""Shards of frozen weights that the other ranks read where they lie: what never changes needs no collective.
+
+FSDP2 has NCCL gather a block's weights into a buffer and copies them from there to their places. NCCL's kernels hold
+multiprocessors, which a matrix product that counts on all of them then waits for, and no rank gets ahead of another.
+Where the GPUs of one machine reach each other's memory, copy engines move each part straight to its place instead, and
+an embedding is not moved at all: its kernel reads the rows it needs. What trains is still FSDP2's and NCCL's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .memory import note_outside
+
+ALIGNED = 128  # bytes
+
+
+def possible() -> bool:
+    """Whether all ranks are on this machine and each GPU reaches the memory of every other (a Kaggle T4 does not).
+    Every rank must ask."""
+    ranks = dist.get_world_size()
+    if ranks == 1 or not torch.cuda.is_available() or os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
+        return False
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" or torch.cuda.device_count() < ranks:
+        return False
+    mine = torch.cuda.current_device()
+    able = all(torch.cuda.can_device_access_peer(mine, other) for other in range(ranks) if other != mine)
+    try:
+        able = able and bool(_symmetric(ALIGNED, torch.device("cuda", mine)))
+    except RuntimeError:  # a container may forbid that processes hand each other memory
+        able = False
+    agreed = torch.tensor(int(able))
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return bool(agreed)
+
+
+class Lender:
+    """Memory of this rank that the others see, and theirs. Every rank must make it, `take` and `lend` alike.
+
+    Args:
+        pieces: bytes of each that will be taken.
+    """
+
+    def __init__(self, pieces: Iterable[int], device: torch.device):
+        self.ranks, self.device, self.taken = dist.get_world_size(), device, 0
+        self.memory, self.everyones = _symmetric(sum(map(_aligned, pieces)), device)
+        self.token = torch.zeros(ALIGNED, dtype=torch.uint8, device=device)  # FSDP2 wants something to gather
+        self.compute: torch.cuda.Stream | None = None
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """The next piece of this rank's memory, [numel]; all ranks take pieces of the same sizes in the same order."""
+        size = numel * dtype.itemsize
+        piece = self.memory[self.taken : self.taken + size].view(dtype)
+        self.taken += _aligned(size)
+        return piece
+
+    def parts(self, mine: Tensor) -> list[Tensor]:
+        """What each rank has where this rank has ``mine``, a piece or a part of one."""
+        start = mine.storage_offset() * mine.itemsize - self.memory.storage_offset()
+        return [memory[start : start + mine.nbytes].view(mine.dtype) for memory in self.everyones]
+
+    def lend(self, root: nn.Module) -> None:
+        """All pieces are filled and stay as they are: from now on ranks may read each other's. ``root`` is called by
+        the stream that computes.
+
+        Raises:
+            RuntimeError: what a rank reads is not what the other one wrote.
+        """
+        root.register_forward_pre_hook(self._note_stream, prepend=True)
+        mine = _sum(self.memory)
+        theirs = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(theirs, mine)  # nobody reads before all have written
+        for rank, (wanted, memory) in enumerate(zip(theirs, self.everyones, strict=True)):
+            if not torch.equal(_sum(memory), wanted):
+                raise RuntimeError(
+                    f"rank {dist.get_rank()} does not read what rank {rank} wrote: give --fsdp2_options no-peer-reads"
+                )
+
+    def _note_stream(self, module: nn.Module, args: tuple) -> None:
+        if self.device.type == "cuda":
+            self.compute = torch.cuda.current_stream()
+
+    def copy_aside(self, to: Sequence[Tensor], parts: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin to copy ``parts`` beside what the current stream computes; returns how it waits for them."""
+        if self.device.type != "cuda":
+            for a, b in zip(to, parts, strict=True):
+                a.copy_(b)
+            return lambda: None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for a, b in zip(to, parts, strict=True):
+                a.copy_(b)
+            arrived = self.stream.record_event()
+        return lambda: torch.cuda.current_stream().wait_event(arrived)
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Of copies that FSDP2 does not ask for."""
+        return torch.cuda.Stream()
+
+
+class Gathering:
+    """Where pieces of one weight are gathered with the other ranks', over and over, in memory made anew each time.
+
+    Args:
+        pieces: by name, this rank's.
+    """
+
+    def __init__(self, lender: Lender, pieces: dict[str, Tensor]):
+        self.lender, self.tensors, self.copies, start = lender, {}, [], 0
+        sizes = [lender.ranks * piece.nbytes for piece in pieces.values()]
+        self.memory = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device=lender.device)
+        for (name, piece), size in zip(pieces.items(), sizes, strict=True):
+            self.tensors[name] = whole = self.memory[start : start + size].view(piece.dtype)
+            self.copies += zip(whole.chunk(lender.ranks), lender.parts(piece), strict=True)
+            start += _aligned(size)
+
+    @torch.no_grad()
+    def fill(self) -> dict[str, Tensor]:
+        """The whole of each piece, made on the current stream."""
+        storage = self.memory.untyped_storage()
+        storage.resize_(0)  # what was gathered and never used may lie outside of a recording that now uses it
+        storage.resize_(self.memory.nbytes)
+        if self.lender.compute is not None:  # which may still read what was in this memory before
+            torch.cuda.current_stream().wait_stream(self.lender.compute)
+        with torch.autograd._unsafe_preserve_version_counter(self.memory):  # as FSDP2 fills its buffers
+            for to, part in self.copies:
+                to.copy_(part)
+        return self.tensors
+
+
+def _sum(memory: Tensor) -> Tensor:
+    """Of its bytes, each times its place, in pieces: as int64 they are eight times as large."""
+    places = torch.arange(1, 2**20 + 1, device=memory.device)
+    return torch.stack([(piece * places[: len(piece)]).sum() for piece in memory.split(2**20)]).sum()
+
+
+def rows_of(rows: int, ranks: int) -> int:
+    """Of how many rows a rank's piece is: the same on each, though the last may have fewer of its own."""
+    return -(-rows // ranks)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _symmetric(size: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """``size`` bytes of this rank, and those of each rank as this one sees them."""
+    from torch.distributed import _symmetric_memory as symmetric  # has no public name yet
+
+    before = torch.cuda.memory_allocated()
+    memory = symmetric.empty(size, dtype=torch.uint8, device=device)
+    note_outside(max(size - (torch.cuda.memory_allocated() - before), 0))  # of PyTorch's books, in some versions
+    handle = symmetric.rendezvous(memory, dist.group.WORLD)
+    everyones = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(dist.get_world_size())]
+    memory.handle = handle  # lives as long
+    return memory, everyones
