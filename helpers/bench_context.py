@@ -38,6 +38,7 @@ CONTENDERS = ("stock", "unsloth", "ours")
 # GiB (at most the card's own), compute dtype, and tokens of the first probe.
 CAPS = {"T4": (14.7, "float16", 2048), "H100": (80.0, "bfloat16", 131072)}
 GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
+POSITIONS = 131072  # that the shapes' models have
 PROBE = ["-m", "helpers.bench_context", "--probe"]
 
 
@@ -198,9 +199,12 @@ def bench(
         finally:
             gpus.put(gpu)
         with lock:
+            case = {"shape": shape, "contender": contender, "cap_gib": gib, "length": tokens}
+            peaks = [probe["allocated_gib"] for probe in probes if probe.get("fits") and case.items() <= probe.items()]
             rows[cap, shape, contender] = {
                 "shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
-                "tokens": tokens, "next_does_not_fit": known, "error": error,
+                "tokens": tokens, "allocated_gib": peaks[0] if peaks else "", "next_does_not_fit": known,
+                "error": error,
             }  # fmt: skip
             write_rows([rows[key] for key in keys if key in rows], out / "context_bench.csv")
 
@@ -270,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--caps", nargs="*", default=list(CAPS), choices=list(CAPS), help="memories")
     parser.add_argument("--limit", type=float, default=300, help="seconds a probe may take")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no probe is begun")
-    parser.add_argument("--most", type=int, default=GRID[-1], help="tokens of the longest probe")
+    parser.add_argument("--most", type=int, default=POSITIONS, help="tokens of the longest probe")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -142,10 +142,13 @@ def _context() -> str:
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         more = "" if row["next_does_not_fit"] == "True" else " or more"
+        if peak := row.get("allocated_gib"):
+            more += f", {float(peak):.1f} GiB"
         where = f"{row['shape']}, {row['cap_gib']} GiB, {row['dtype']}"
         found.setdefault(where, {})[row["contender"]] = f"{int(row['tokens']):,}{more}"
     lines += [_row(where, *(by.get(name, "") for name in names)) for where, by in found.items()]
-    return "\n".join([*lines, "", "Tokens, random weights; the next length tried is a quarter of an octave longer."])
+    grid = "the next length tried is a quarter of an octave longer, and 131,072 is the models' last"
+    return "\n".join([*lines, "", f"Tokens, random weights; {grid}."])
 
 
 def _costs() -> str:

@@ -89,6 +89,7 @@ def test_bench_writes_its_tables_and_figure(tmp_path, monkeypatch):
         rows = {row["contender"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"stock", "ours"}
     assert rows["ours"]["tokens"] == "4096" and rows["ours"]["next_does_not_fit"] == "False"
+    assert float(rows["ours"]["allocated_gib"]) == pytest.approx(5.096) and not rows["stock"]["allocated_gib"]
     assert "--loss trl needs a GPU" in rows["stock"]["error"] and rows["stock"]["tokens"] == "0"
     with open(tmp_path / "context_probes.csv", newline="") as file:
         assert [row["contender"] for row in csv.DictReader(file)][0] == "stock"

@@ -184,7 +184,8 @@ def rank_gathers(storage: str, payload: str, shape: str, nested: bool = True, **
 
 def rank_reads_ends(shape: str) -> dict:
     """Logits of a sharded model, which reads its embedding and its head, beside the whole model's."""
-    model, ids = _model(shape, "uint8", "random", True).eval(), torch.arange(3, 19)[None]
+    model = _model(shape, "uint8", "random", True).eval()
+    ids = torch.arange(3, 19, device=model.device)[None]
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
         fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config())
