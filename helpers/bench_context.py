@@ -172,7 +172,8 @@ def bench(
     until, lock = time.monotonic() + budget_s, threading.Lock()
     probes: list[dict[str, Any]] = []
     order = [(cap, shape, contender) for cap in caps for shape in shapes for contender in contenders]
-    rows = {key: row for key, row in _read(out / "context_bench.csv").items() if key not in order}
+    earlier = _read(out / "context_bench.csv")
+    rows = {key: row for key, row in earlier.items() if key not in order}
     keys = [*rows, *order]
 
     def attempt(probe: Probe, scratch: str, gpu: str) -> dict[str, Any]:
@@ -188,8 +189,10 @@ def bench(
 
     def search(cap: str, shape: str, contender: str, scratch: str, gpus: queue.Queue[str]) -> None:
         gib, dtype, start = CAPS[cap]
-        with lock:  # the next contender's end is not far from this one's
-            ends = [row["tokens"] for (*case, _), row in rows.items() if case == [cap, shape] and row["tokens"]]
+        before = earlier.get((cap, shape, contender), {})
+        with lock:  # the next contender's end is not far from this one's, nor from where it was before
+            ends = [row["tokens"] for (*case, _), row in rows.items() if case == [cap, shape]] + [before.get("tokens")]
+            ends = [tokens for tokens in ends if tokens]
         gpu = gpus.get()
         try:
             tokens, known, error = longest(
@@ -199,6 +202,9 @@ def bench(
         finally:
             gpus.put(gpu)
         with lock:
+            if not (tokens or known or error) and before:  # no time for a single probe
+                rows[cap, shape, contender] = before
+                return
             case = {"shape": shape, "contender": contender, "cap_gib": gib, "length": tokens}
             peaks = [probe["allocated_gib"] for probe in probes if probe.get("fits") and case.items() <= probe.items()]
             rows[cap, shape, contender] = {

@@ -127,3 +127,19 @@ def test_rows_of_another_memory_stay_and_those_searched_for_again_do_not(tmp_pat
     assert searched(0.005, ["T4"]) == [("T4", "2048", "True")]
     assert searched(0.001, ["H100"]) == [("T4", "2048", "True"), ("H100", "4096", "False")]
     assert searched(0.010, ["T4"]) == [("H100", "4096", "False"), ("T4", "1024", "True")]
+
+
+def test_a_search_begins_where_an_earlier_one_ended_and_without_time_leaves_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_context, "SAVE", "pass")
+    asked, grid = [], [1024, 2048, 4096, 8192]
+
+    def searched(budget_s):
+        attempt = memory(1.0, 0.003, 14.7, asked)
+        monkeypatch.setattr(bench_context, "start_probe", lambda probe, *more: attempt(probe.length))
+        return bench_context.bench(["tiny"], ["ours"], ["T4"], tmp_path, 1, budget_s, grid)[0]["tokens"]
+
+    assert searched(60) == 4096 and asked[0] == 2048
+    asked.clear()
+    assert searched(60) == 4096 and asked[0] == 4096
+    asked.clear()
+    assert searched(-1) == 4096 and not asked
