@@ -111,7 +111,7 @@ def training_arguments(config: FSDP2Config) -> dict[str, Any]:
 
 
 def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None = None) -> nn.Module:
-    """Shard a QLoRA model in place over all ranks: each decoder block, the embedding, the head, and the rest.
+    """Shard a QLoRA model in place over all ranks: the frozen weights of each decoder block, embedding, head, the rest.
 
     ``model`` is whole and on this rank's device (transformers model, with or without PEFT). Trainable weights become
     float32, which GradScaler and the reduction want. A frozen embedding and head are sharded by helpers/gathered.py;
