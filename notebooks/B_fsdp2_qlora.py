@@ -348,10 +348,11 @@ else:
 # ## The 8B shape beside Unsloth
 # Llama 3.1 8B's shape with random weights, rows of 2048 tokens, batch 2 x 4, LoRA of rank 64, each GPU's memory capped at
 # a T4's 14.7 GiB. Ours: base truly sharded, blocks compiled, loss in chunks, micro-steps recorded as CUDA graphs with all
-# their collectives, since two GPUs would wait for Python otherwise; with part A's kernel and with bitsandbytes' own linear
-# layer; on one GPU too; and launched one by one. Unsloth replicates the frozen weights when they fit, and shards what is trained. Torch
+# their collectives, since two GPUs would wait for Python otherwise, and frozen shards read where they lie, if GPUs reach each
+# other's memory; with part A's kernel and with bitsandbytes' own linear layer; on one GPU too; with NCCL gathering all; and
+# launched one by one. Unsloth replicates the frozen weights when they fit, and shards what is trained. Torch
 # AO's NF4 tensors, where that package is installed, in our trainer in place of our own. As many as the memory holds load and
-# compile side by side; then each takes its timed steps with nobody beside it, and leaves. The three that no criterion asks for
+# compile side by side; then each takes its timed steps with nobody beside it, and leaves. The four that no criterion asks for
 # come last, and only if little time has passed until then.
 
 # %%

@@ -389,7 +389,7 @@ for (dtype, name), run in runs.items():
     results.metric(f"peak allocated, {label}", run.peak_allocated_gib, "GiB")
     print(f"{label:20s} {run.peak_allocated_gib:.2f} GiB, first step {run.rows[0]['step_s']:.1f} s")
 axis.set(xlabel="step", ylabel="GiB", title=f"Peak memory so far, {host.machine()}")
-axis.legend()
+axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 save_figure(fig, "C_memory", rows)
 
 # %% [markdown]

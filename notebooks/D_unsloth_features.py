@@ -371,6 +371,7 @@ if GPU:
     bars = axis.bar([str(r["max_side"]) for r in memory], [r["peak_gib"] or 0 for r in memory], color="tab:blue")
     axis.bar_label(bars, [f"{r['peak_gib']:.2f} GiB" if r["peak_gib"] else "out of memory" for r in memory], fontsize=8)
     axis.set(xlabel="max_side (pixels)", ylabel="peak GiB of one step", title=f"one 4000 x 3000 photo\n{host.machine()}")
+    axis.margins(y=0.15)
     fig.tight_layout()
     save_figure(fig, "D2_memory", memory)
 
@@ -894,7 +895,7 @@ if GPU:
                  0.8 / len(backends), label=backend)
     axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
     axis.set(ylabel="ms, forward and backward", yscale="log", title=f"attention, 4,096 tokens, 32 heads over 8\n{host.machine()}")
-    axis.legend(ncols=len(backends), fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(backends), fontsize=8)
     fig.tight_layout()
     display(save_figure(fig, "D6_backends", rows))
 
