@@ -28,7 +28,7 @@ from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
 from .replaced import called_as, replaced_forward
-from .sharded_steps import agreed, streams_of
+from .sharded_steps import agreed, put_away, streams_of
 from .step_graphs import StepGraphs
 
 LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
@@ -191,6 +191,7 @@ def compile_loss(
             if not args and is_ours(**kwargs) and trains(**kwargs):
                 batch = batch_of(True, **kwargs)
                 if batch.documents is not None:
+                    put_away(root)
                     return replayed(batch)
             return cls.__call__(module, *args, **kwargs)
 

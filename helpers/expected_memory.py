@@ -186,7 +186,10 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
             loss = max(loss, workspaces + layers + width * tokens * (2 * s.feed_forward + 7 * s.hidden))
         loss += width * s.vocabulary * s.hidden
         whole = (2 if args.cuda_graphs else 1) * width * s.adapters  # adapters; a recording keeps where they arrive
-        work, loss = work + whole, max(loss, (width + 4 + 4 // ranks) * s.adapters) + whole  # or their gradients' sum
+        work, loss = (
+            work + whole,
+            max(loss, (width + 4) * s.adapters + 4 * s.adapters // ranks) + whole,
+        )  # or their gradients' sum
         weights = (0, 0, 0) if options.cpu_offload else tuple(x // ranks for x in weights)
         trained = tuple(x // ranks for x in trained)
     dense = args.attention in ("eager", "stock") or (args.packing and args.attention == "sdpa")  # a mask for each head

@@ -45,6 +45,7 @@ from .host_store import HostStore
 from .layer_checkpoint import can_be_halved
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
+from .sharded_steps import put_away
 
 __all__ = [
     "FSDP2Config", "TrainsSharded", "active_parts", "clip_grad_norm", "frozen_bytes", "gather_trainable", "launch",
@@ -58,12 +59,13 @@ class FSDP2Config:
     """FSDP2's features, each one flag.
 
     ``param_dtype``: what weights are gathered and computed in (None: as stored); gradients are reduced in float32.
-    ``cpu_offload``: shards, their gradients and the optimizer live in host memory. ``reshard_after_forward``: free a
-    block's weights between forward and backward. ``prefetch``: blocks gathered ahead of the one that computes.
-    ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``), with ``checkpoint_blocks`` so that
-    its graph recomputes in backward. ``decoder``: ``triton`` or ``bitsandbytes``. ``full_checkpoints``: one file that
-    any world size reads, gathered on rank 0, instead of one a rank (which any world size reads too). ``peer_reads``:
-    frozen shards are read where they lie (helpers/peer_reads.py); None: where that is possible.
+    ``cpu_offload``: shards, their gradients and the optimizer live in host memory. ``reshard_after_forward``: free
+    a block's weights between forward and backward, the last one's excepted. ``prefetch``: blocks gathered ahead of
+    the one that computes. ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``), with
+    ``checkpoint_blocks`` so that its graph recomputes in backward. ``decoder``: ``triton`` or ``bitsandbytes``.
+    ``full_checkpoints``: one file that any world size reads, gathered on rank 0, instead of one a rank (which any
+    world size reads too). ``peer_reads``: frozen shards are read where they lie (helpers/peer_reads.py); None:
+    where that is possible.
     """
 
     param_dtype: torch.dtype | None = None
@@ -160,6 +162,7 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
         again = config.reshard_after_forward and block is not blocks[-1]  # whose backward pass comes at once
         fully_shard(block, reshard_after_forward=again, ignored_params=trained, **_policies(block, config))
     _prefetch([model, *blocks], config.prefetch)
+    model.register_forward_hook(_evaluated)
     if lender is not None:
         lender.lend(model)
     if torch.cuda.is_available():
@@ -242,6 +245,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
 
 def gather_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     """Trainable parameters, whole, on the CPU of rank 0 and under their names; every rank must call it."""
+    put_away(model)  # or they might be the rounded ones that a generation has left
     gathered = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -324,6 +328,11 @@ def _prefetch(modules: list[FSDPModule], ahead: int) -> None:
     for i, module in enumerate(modules):
         module.set_modules_to_forward_prefetch(modules[i + 1 : i + 1 + ahead])
         module.set_modules_to_backward_prefetch(modules[max(i - ahead, 0) : i][::-1])
+
+
+def _evaluated(model: nn.Module, args: tuple, output: Any) -> None:
+    if not torch.is_grad_enabled():
+        put_away(model)
 
 
 def _gather_ahead(head: nn.Module, block: nn.Module, args: tuple) -> None:

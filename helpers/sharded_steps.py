@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 LEAST_TORCH = (2, 11)
 
@@ -43,3 +44,11 @@ def streams_of(root: nn.Module) -> list[torch.cuda.Stream]:
     """The streams that FSDP2 launches on beside the current one, once ``root``, which it shards, has run."""
     context = root._get_fsdp_state()._comm_ctx  # there is no public name for them
     return [stream for stream in vars(context).values() if isinstance(stream, torch.cuda.Stream)]
+
+
+def put_away(root: nn.Module) -> None:
+    """Shard again all that ``root`` has gathered. FSDP2 leaves its root, which holds the adapters, whole for a backward
+    pass: after an evaluation none comes, and a replay calls none of the hooks that would gather them anew."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

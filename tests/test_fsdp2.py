@@ -29,6 +29,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 
 from helpers import checkpoints, fsdp2, zero_bubble
@@ -193,6 +194,25 @@ def rank_reads_ends(shape: str) -> dict:
     ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     rows = [end.to_local().shape[0] for end in ends]
     return {"difference": float((got - wanted).abs().max()), "rows": rows, "tied": ends[0] is ends[1]}
+
+
+def rank_evaluates() -> dict:
+    """Logits before and after the adapters change, with a generation between, and the adapters gathered after that."""
+    model = _model("tiny-untied", "uint8", "random", True).eval()
+    ids = torch.arange(3, 19, device=model.device)[None]
+    fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config(param_dtype=torch.bfloat16))
+    register_fsdp_forward_method(model, "generate")
+    with torch.no_grad():
+        first = model(input_ids=ids).logits
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.to_local().add_(0.1)
+        second = model(input_ids=ids).logits
+        model.generate(input_ids=ids, max_new_tokens=2)
+    return {
+        "moved": float((second - first).abs().max()),
+        "saved": {str(tensor.dtype) for tensor in fsdp2.gather_trainable(model).values()},
+    }
 
 
 def rank_refuses_unequal_weights() -> str:
@@ -385,6 +405,7 @@ def two(folder, killed, checkpoint):
     calls = {name: (rank_trains, {"folder": folder / name, **more}) for name, more in VARIANTS.items()}
     calls |= {f"bytes {i}": (rank_gathers, more) for i, more in enumerate(PAYLOADS)}
     calls["bfloat16"] = (rank_trains, {"folder": folder / "bfloat16", "dtype": "bfloat16", "accumulation": 1})
+    calls["evaluated"] = (rank_evaluates, {})
     calls["unequal"] = (rank_refuses_unequal_weights, {})
     if PIPELINES:
         calls["pipeline"] = (rank_pipelines, {"ranks": 2})
@@ -459,6 +480,11 @@ def test_blocks_compile_to_one_graph_without_breaks(two):
         found = rank["compiled"]
         assert (found["breaks"], found["recompiles"]) == (0, 0), found["reasons"]
         assert found["compiles"] == 5  # all blocks whole, their two halves, the rotary frequencies, norm and loss
+
+
+def test_an_evaluation_leaves_nothing_gathered(two):
+    assert min(rank["evaluated"]["moved"] for rank in two) > 0.1, "evaluated with adapters of before"
+    assert two[0]["evaluated"]["saved"] == {"torch.float32"}, "saved what was gathered"
 
 
 def test_adapters_are_reduced_together_once_a_micro_step(two):

@@ -22,6 +22,7 @@ from peft import PeftModel
 from played_streams import played
 from test_compiling import OnTheCPU
 from test_fsdp2 import LIMIT_S, STEPS, arguments, clipped_at, copy_without_the_end, in_ranks
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from helpers import checkpoints, compiled_loss, compiling
@@ -66,11 +67,12 @@ class Counted(StepGraphs if ON_A_GPU else Recorded):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.recorded, self.replayed = [], 0
+        self.recorded, self.replayed, self.whole, self.root = [], 0, 0, args[-1].args[0]
         self.made.append(self)
 
     def __call__(self, *args):
         self.replayed += 1
+        self.whole += sum(p.requires_grad and not isinstance(p, DTensor) for p in self.root.parameters())
         return super().__call__(*args)
 
     def _recorded(self, inputs, mode):
@@ -105,11 +107,12 @@ def rank_replays(folder, ranks: int, replayed: bool, pad_to: int = 8, resume: bo
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(played())
         result = train(dataclasses.replace(args, fsdp2=True), callbacks=[evaluates])
-    made = Counted.made[0] if Counted.made else SimpleNamespace(recorded=[], replayed=0, steps={})
+    made = Counted.made[0] if Counted.made else SimpleNamespace(recorded=[], replayed=0, whole=0, steps={})
     found = {
         "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows], "evaluated": [evaluates.loss],
-        "recorded": made.recorded, "replayed": made.replayed, "left": len(made.steps), "breaks": counter.graph_breaks,
-        "compiles": counter.compiles, "recompiles": counter.recompiles, "reasons": counter.reasons,
+        "recorded": made.recorded, "replayed": made.replayed, "whole": made.whole, "left": len(made.steps),
+        "breaks": counter.graph_breaks, "compiles": counter.compiles, "recompiles": counter.recompiles,
+        "reasons": counter.reasons,
     }  # fmt: skip
     Counted.made.clear()
     del made
@@ -165,6 +168,7 @@ def test_replayed_steps_train_evaluate_and_resume_as_others(two):
     for name, other in (("replayed", "not"), ("resumed", "replayed"), ("tied", "tied, not")):
         close(two[0][name], two[0][other], 1e-5)
     assert two[0]["replayed"]["replayed"] == STEPS * 2 and two[0]["not"]["replayed"] == 0  # micro-steps of a rank
+    assert two[0]["replayed"]["whole"] == 0, "a replay reads shards alone"
     assert two[0]["replayed"]["left"] == 0, "NCCL could not be left before graphs that it is part of"
     assert two[0]["replayed"]["alive"] == 0, "FSDP2 keeps the classes that it makes, and they the model"
 
