@@ -54,7 +54,7 @@ began = time.monotonic()
 host.prepare()
 
 from helpers import checkpoints, ranks
-from helpers.results import Results, save_figure, save_rows
+from helpers.results import Results, save_figure, save_rows, worst
 from helpers.sections import Sections
 
 GPUS = torch.cuda.device_count()
@@ -84,6 +84,7 @@ count = RANKS or GPUS or 2
 steps = STEPS or (60 if GPUS else 4)
 model = checkpoints.resolve_model(MODEL, checkpoints.CHALLENGE_8B)
 large = model == checkpoints.CHALLENGE_8B
+label = "SmolLM2-135M-Instruct" if model == "embedded" else model
 accumulation = ACCUMULATION or (4 if large else 1)
 bfloat16 = GPUS and torch.cuda.get_device_capability()[0] >= 8
 dtypes = DTYPES.split(",") if DTYPES != "auto" else ["float32"] if not GPUS else ["float16", *["bfloat16"] * bool(bfloat16)]
@@ -236,7 +237,7 @@ for dtype, colour in zip(dtypes, ("tab:blue", "tab:orange"), strict=False):
     top.plot(at, [row["one"] for row in mine], "--", color="black", lw=1, label=f"1 process, {dtype}")
     bottom.semilogy(at, [max(row["relative_difference"], 1e-9) for row in mine], color=colour)
     bottom.axhline(TOLERANCE[dtype], ls="--", color="grey")
-top.set(ylabel="loss", title=f"QLoRA, sharded and alone\n{host.machine()}")
+top.set(ylabel="loss", title=f"QLoRA, {label}, sharded and alone\n{host.machine()}")
 top.legend()
 bottom.set(xlabel="step", ylabel="relative difference")
 fig.tight_layout()
@@ -253,23 +254,30 @@ for dtype, (*_, one, many) in training.items():
     mine = [row for row in rows if row["dtype"] == dtype]
     scaled = " with a gradient scaler" if dtype == "float16" else ""
     id = "B.loss" if dtype == dtypes[0] else f"B.loss_{dtype}"
-    text = f"FSDP2 works with QLoRA: {dtype}{scaled}, loss equals one process over {steps} steps, worst relative difference"
+    text = f"FSDP2 works with QLoRA under SFTTrainer: {label}, {dtype}{scaled}, loss equals one process over {steps} steps, worst relative difference"
     if dtype in missing:
         results.criterion(id, f"{text} ({missing[dtype]})", float("nan"), f"<= {TOLERANCE[dtype]}")
         continue
-    results.criterion(id, text, max(row["relative_difference"] for row in mine), f"<= {TOLERANCE[dtype]}")
-    results.metric(f"{dtype}: gradient norm, worst relative difference", max(row["norm_difference"] for row in mine), "1")
+    results.criterion(id, text, worst(row["relative_difference"] for row in mine), f"<= {TOLERANCE[dtype]}")
+    results.metric(f"{dtype}: gradient norm, worst relative difference", worst(row["norm_difference"] for row in mine), "1")
     equal = next((i for i, row in enumerate(mine) if row["relative_difference"] or row["norm_difference"]), len(mine))
     results.metric(f"{dtype}: steps until loss or norm differ by a bit", equal, "steps")
     if dtype == dtypes[-1] and failures.get(f"{dtype}, 1 process again") == "":
         pairs = zip(logged(one), logged(again), strict=True)
-        repeated = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in pairs)
+        repeated = worst(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in pairs)
         results.metric(f"{dtype}: loss, one process run again, worst relative difference", repeated, "1")
     for name, folder in (("1 process", one), (f"{count} ranks", many)):
         log = logged(folder)
         results.metric(f"{dtype}: peak allocated a GPU, {name}", max(row["memory_gib"] for row in log), "GiB")
         if at_once == 1:  # else the runs were in each other's way
             results.metric(f"{dtype}: tokens a second, {name}", sorted(row["tokens_per_s"] for row in log)[len(log) // 2], "tokens/s")
+
+if large:
+    equal = [row["relative_difference"] for row in rows if row["dtype"] == dtypes[0]]
+    results.criterion("B.llama_8b", f"Llama 3.1 8B, real weights: loss of {steps} steps, worst relative difference", worst(equal), "<= 2e-3")
+else:
+    why = "no GPU" if not GPUS else "the Hub does not answer here"
+    results.not_run("B.llama_8b", "Llama 3.1 8B, real weights: loss per step", f"{why}; rehearsed by {label} above and by the 8B shape below")
 
 # %% [markdown]
 # ## Every feature, on and off
@@ -288,7 +296,7 @@ document = json.loads((results.folder / "B_features" / "fsdp2_features.json").re
 table = document["features"]
 for row in table:
     pairs = [] if row["error"] else list(zip(row["losses"], table[0]["losses"], strict=True))
-    row["difference"] = max((abs(a - b) / b for a, b in pairs), default=float("nan"))
+    row["difference"] = worst(abs(a - b) / b for a, b in pairs)
 save_rows("B_features", [{k: v for k, v in row.items() if k not in ("losses", "norms")} for row in table])
 Markdown("\n".join([
     "| on | loss differs by | frozen MiB a rank, of all | parameters on | allocated GiB |",
@@ -309,7 +317,7 @@ else:
 exact = [row for row in ran if "8-bit" not in row["feature"] and "computed in" not in row["feature"]]
 text = "features that failed" + (f" ({failures['features']})" if failures["features"] else "")
 results.criterion("B.features", text, len(table) - len(ran) + bool(failures["features"]), "== 0")
-results.criterion("B.same", f"{len(exact)} runs, each with another feature, leave the loss as it is, worst relative difference", max(row["difference"] for row in exact), "<= 5e-4")
+results.criterion("B.same", f"{len(exact)} runs, each with another feature, leave the loss as it is, worst relative difference", worst(row["difference"] for row in exact), "<= 5e-4")
 for row in ran:
     if "computed in" in row["feature"]:
         results.criterion("B.precision", f"mixed precision on and off ({row['feature']}), worst relative difference", row["difference"], "<= 2e-3")
@@ -333,7 +341,7 @@ if missed := failures.get("pipeline on 1") or failures.get("pipeline on 2"):
 elif pipelined:
     a, b = (json.loads(file.read_text()) for file in stages.values())
     pairs = [*zip(a["losses"], b["losses"], strict=True), *zip(a["norms"], b["norms"], strict=True)]
-    results.criterion("B.zero_bubble", text, max(abs(x - y) / x for x, y in pairs), f"<= {TOLERANCE[dtypes[-1]]}")
+    results.criterion("B.zero_bubble", text, worst(abs(x - y) / x for x, y in pairs), f"<= {TOLERANCE[dtypes[-1]]}")
     for n, found in ((1, a), (2, b)):
         if at_once == 1:
             results.metric(f"pipeline, step on {n}", min(found["seconds"]), "s")
@@ -358,12 +366,13 @@ else:
 # %%
 BENCHES = {
     "B.memory": ("GiB allocated a GPU, 8B shape, 8-bit Adam", "<= 6.5", "GiB"),
+    "B.memory_unsloth": ("GiB allocated a GPU over Unsloth's FSDP2 in the same run", "<= 1", "of it"),
     "B.speed": ("tokens a second over Unsloth's FSDP2 in the same run", ">= 1.1", "x"),
     "B.scaling": ("tokens a second of two GPUs over one", ">= 1.95", "x"),
     "B.kernel": ("part A's single kernel used, and faster: tokens a second over bitsandbytes' linear layer", ">= 1.0", "x"),
 }
 OURS = "2:ours, 8-bit Adam"
-OVER = {"B.speed": "2:unsloth", "B.scaling": "1:ours, 8-bit Adam", "B.kernel": "2:ours, bitsandbytes' linear"}
+OVER = {"B.memory_unsloth": "2:unsloth", "B.speed": "2:unsloth", "B.scaling": "1:ours, 8-bit Adam", "B.kernel": "2:ours, bitsandbytes' linear"}
 sections.begin("B.speed")
 found = {}
 if bench:
@@ -377,18 +386,19 @@ for name, row in ran.items():
 for id, (text, bound, unit) in BENCHES.items():
     other = OVER.get(id, OURS)
     if not found:
-        why = "needs two GPUs" + " and Unsloth" * (id == "B.speed") if GPUS < 2 else "BENCH is off"
+        why = "needs two GPUs" + " and Unsloth" * (other == "2:unsloth") if GPUS < 2 else "BENCH is off"
         results.not_run(id, text, "a rehearsal says nothing of a T4's speed" if host.rehearsing_t4() else why)
     elif other not in found:
         results.not_run(id, text, "Unsloth is not installed here")
     elif OURS not in ran or other not in ran:
         results.criterion(id, f"{text} ({found[other]['error'] or found[OURS]['error']})", float("nan"), bound, unit)
     else:
-        measured = ran[OURS]["allocated_gib"] if id == "B.memory" else ran[OURS]["tokens_per_s"] / ran[other]["tokens_per_s"]
+        what = "allocated_gib" if id == "B.memory_unsloth" else "tokens_per_s"
+        measured = ran[OURS]["allocated_gib"] if id == "B.memory" else ran[OURS][what] / ran[other][what]
         results.criterion(id, text, measured, bound, unit, speed=unit == "x")
 if ran:
     fig, axis = plt.subplots(figsize=(7, 3))
-    axis.barh([f"{name}  ({row['allocated_gib']:.1f} GiB)" for name, row in ran.items()], [row["tokens_per_s"] for row in ran.values()])
+    axis.barh([f"{row['gpus']} GPU{'s' * (row['gpus'] > 1)}, {row['contender']}  ({row['allocated_gib']:.1f} GiB)" for row in ran.values()], [row["tokens_per_s"] for row in ran.values()])
     axis.set(xlabel="tokens a second", title=f"Llama 3.1 8B shape, RANDOM weights\n{host.machine()}")
     axis.invert_yaxis()
     axis.locator_params(axis="x", nbins=6)
@@ -400,8 +410,9 @@ shown
 
 # %% [markdown]
 # ## Memory of each GPU over time
-# What PyTorch gave out on each GPU, from the start of a process to its last step: ours loads the base whole, shards it,
-# and waits for its turn; the peaks are training steps. The dashed line is what the cap of a T4's memory leaves.
+# What PyTorch gave out on each GPU, from the start of a process to its last step, with what CUDA graphs hold: ours loads
+# the base whole, which is its first peak, shards it, and waits for its turn to train. The table above counts training alone.
+# The dashed line is a T4's memory.
 
 # %%
 sections.begin("B.memory")
@@ -431,9 +442,9 @@ shown
 
 # %%
 sections.begin("B.kaggle")
-text, done = "60 steps on Kaggle's two Tesla T4s", [row for row in rows if row["dtype"] == "float16"]
+text, done = "60 steps of Llama 3.1 8B on Kaggle's two Tesla T4s", [row for row in rows if row["dtype"] == "float16"]
 if GPUS >= 2 and "T4" in torch.cuda.get_device_name(0) and not host.rehearsing_t4():
-    results.criterion("B.kaggle", text, len(done) >= 60)
+    results.criterion("B.kaggle", text, large and len(done) >= 60)
 elif GPUS >= 2 and host.rehearsing_t4():
     peak = max(row["memory_gib"] for row in logged(training["float16"][-1]))
     results.criterion("B.rehearsal", f"{len(done)} steps of a T4's code within its memory, GiB allocated", peak, "<= 14.7", "GiB")

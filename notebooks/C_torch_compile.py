@@ -11,7 +11,7 @@
 #
 # {{BADGES}}
 #
-# **Needs:** any CUDA GPU from a Tesla T4 on, about 7 minutes and 8 GiB; without a GPU everything but FlexAttention's backward pass runs at a tiny size, about 2 minutes.
+# **Needs:** any CUDA GPU from a Tesla T4 on, about 7 minutes and 10 GiB; without a GPU everything but FlexAttention's backward pass runs at a tiny size, about 2 minutes.
 #
 # A QLoRA step is thousands of small operations, and on a fast GPU most of it is Python getting them launched. torch.compile
 # removes that, if it meets neither code that it must hand back to Python (a **graph break**) nor a new length that makes it
@@ -53,7 +53,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is imported: it then runs on the CPU, slowly and exactly
 
 from helpers import host
-from helpers.results import Results, save_figure
+from helpers.results import Results, save_figure, worst
 
 host.prepare()
 results = Results("C")
@@ -200,6 +200,9 @@ for dtype, attention in pairs:
         evaluations[key] = evaluate.losses
         torch._dynamo.reset()
 
+# %% [markdown]
+# The one recompile of a run is its first evaluation, whose graph keeps nothing for a backward pass.
+
 # %%
 for key, counter in counters.items():
     print(*key, "-", counter)
@@ -208,12 +211,12 @@ for key, counter in counters.items():
 import matplotlib.pyplot as plt
 
 fig, axes = plt.subplots(2, len(pairs), figsize=(7 * len(pairs), 5), sharex=True, height_ratios=(2, 1), squeeze=False)
-rows = []
+rows_of_losses = []
 for column, (dtype, attention) in enumerate(pairs):
     eager, ours = runs[dtype, "eager"].losses, runs[dtype, "compiled"].losses
     differences = [abs(a - b) / abs(a) for a, b in zip(eager, ours, strict=True)]
     steps = range(1, len(eager) + 1)
-    rows += [{"dtype": dtype, "step": i, "eager": a, "compiled": b, "relative_difference": d}
+    rows_of_losses += [{"dtype": dtype, "step": i, "eager": a, "compiled": b, "relative_difference": d}
              for i, a, b, d in zip(steps, eager, ours, differences, strict=True)]
     axes[0, column].plot(steps, eager, "--", color="grey", label=f"eager, attention {attention}")
     axes[0, column].plot(steps, ours, color="tab:blue", label="compiled")
@@ -223,7 +226,7 @@ for column, (dtype, attention) in enumerate(pairs):
     axes[1, column].axhline(1e-3, ls="--", color="grey")
     axes[1, column].set(xlabel="step", ylabel="relative difference")
 fig.tight_layout()
-save_figure(fig, "C_loss_eager_and_compiled", rows)
+save_figure(fig, "C_loss_eager_and_compiled", rows_of_losses)
 
 # %% [markdown]
 # **What you should see:** curves that cannot be told apart, and differences below the dashed line at 1e-3.
@@ -231,10 +234,11 @@ save_figure(fig, "C_loss_eager_and_compiled", rows)
 # %%
 for dtype, _ in pairs:
     counter = counters[dtype, "compiled"]
-    worst = max(row["relative_difference"] for row in rows if row["dtype"] == dtype)
-    apart = max((abs(a - b) / abs(a) for a, b in zip(evaluations[dtype, "eager"], evaluations[dtype, "compiled"], strict=True)), default=0.0)
-    results.criterion(f"C.loss.{dtype}", f"{dtype}, {runs[dtype, 'eager'].label}: loss equals eager's at each of {STEPS} steps, worst relative difference", worst, "<= 1e-3")
-    results.criterion(f"C.evaluation.{dtype}", f"{dtype}: the same of the evaluations between", apart, "<= 1e-3")
+    largest = worst(row["relative_difference"] for row in rows_of_losses if row["dtype"] == dtype)
+    apart = worst(abs(a - b) / abs(a) for a, b in zip(evaluations[dtype, "eager"], evaluations[dtype, "compiled"], strict=True))
+    results.criterion(f"C.loss.{dtype}", f"{dtype}, {runs[dtype, 'eager'].label}: loss equals eager's at each of {STEPS} steps, worst relative difference", largest, "<= 1e-3")
+    if evaluations[dtype, "eager"]:
+        results.criterion(f"C.evaluation.{dtype}", f"{dtype}: the same of the evaluations between", apart, "<= 1e-3")
     results.criterion(f"C.breaks.{dtype}", f"{dtype}: graph breaks", counter.graph_breaks, "== 0")
     results.criterion(f"C.compiles.{dtype}", f"{dtype}: compiles, first step to last, evaluation included (allowed: 30)", counter.compiles, "<= 6")
 
@@ -274,7 +278,8 @@ def record(graph, inputs):
     nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
     kinds = {kind.__name__ for node in nodes for _, kind in node.meta.get("nn_module_stack", {}).values() if isinstance(kind, type)}
     calls = {str(node.target).removesuffix(".default") for node in nodes if "dequantize" in str(node.target)}
-    calls |= {"cross_entropy" for node in nodes if node.target is torch.nn.functional.cross_entropy}
+    named = {torch.nn.functional.cross_entropy: "cross_entropy", torch.rsqrt: "rsqrt"}
+    calls |= {named[node.target] for node in nodes if node.op == "call_function" and node.target in named}
     seen.append(kinds | calls)
     return graph.forward
 
@@ -288,17 +293,19 @@ for names in seen:
 in_graphs = set().union(*seen)
 for id, text, kinds in (
     ("C.attention", "attention is compiled", {"LlamaAttention"}), ("C.mlp", "MLP is compiled", {"LlamaMLP"}),
-    ("C.layernorms", "layernorms are compiled, the final one too", {"LlamaRMSNorm"}), ("C.loss", "the loss is compiled", {"cross_entropy"}),
+    ("C.layernorms", "the layers' norms are compiled", {"LlamaRMSNorm"}), ("C.loss", "the loss is compiled", {"cross_entropy"}),
     ("C.nf4", "bitsandbytes' 4-bit layers under PEFT's are compiled", {"Linear4bit"}),
     ("C.part_A", "part A's kernel decodes them in the graph", {"qlora.dequantize_nf4"}),
 ):  # fmt: skip
     results.criterion(id, text, kinds <= in_graphs)
+text = "the final norm, a call and no module there, is in the graph of the loss"
+results.criterion("C.final_norm", text, any({"rsqrt", "cross_entropy"} <= names for names in seen))
 
 # %% [markdown]
 # ## FlexAttention at fifty lengths
 # One mask function for every mask: window, documents and padding are tensors in it, never constants, and its block mask is
 # worked out from the description instead of from all pairs. So causal, windowed, packed and mixed masks at any length share
-# a graph. The same lengths through `flex_attention` compiled the usual way, with transformers' kind of mask, for comparison.
+# a graph; length 1 alone may have its own, since Dynamo takes 0 and 1 for constants. The same lengths through `flex_attention` compiled the usual way, with transformers' kind of mask, for comparison.
 
 # %%
 import random
@@ -323,8 +330,7 @@ save_figure(fig, "C_flex_graphs", table)
 # %%
 what = "forward and backward" if GPU else "forward (PyTorch has no backward pass of FlexAttention on a CPU)"
 results.criterion("C.flex", f"FlexAttention graphs over {len(lengths)} lengths and four masks, {what}", table[-1]["ours"], "<= 2")
-worst = max(r["error"] for r in table)
-results.criterion("C.flex.exact", "its worst difference from eager attention in float64, output values near 1", worst, "<= 5e-3" if GPU else "<= 1e-5")
+results.criterion("C.flex.exact", "its worst difference from eager attention in float64, output values near 1", worst(r["error"] for r in table), "<= 5e-3" if GPU else "<= 1e-5")
 
 # %% [markdown]
 # ## max_autotune with Triton matrix products
@@ -341,7 +347,7 @@ if GPU:
     display(Markdown("\n".join(["| product | shapes | best Triton | cuBLAS | taken |", "|---|---|---|---|---|"]
             + [f"| {c['op']} | {c['shapes']} | {c['triton_ms']:.4f} ms | {c['aten_ms']:.4f} ms | {c['taken']} |" for c in choices[:24]])))
     triton = sum(c["taken"] == "Triton" for c in choices)
-    print(f"Triton taken for {triton} of {len(choices)} products; {tuned['compiles']} compiles, {tuned['recompiles']} recompiles")
+    print(f"above: the first 24; Triton taken for {triton} of {len(choices)} products; {tuned['compiles']} compiles, {tuned['recompiles']} recompiles")
     results.criterion("C.autotune", "products for which max_autotune timed a Triton kernel against cuBLAS", len(choices), ">= 1")
     results.criterion("C.autotune.compiles", "compiles with max_autotune", tuned["compiles"], "<= 6")
     results.criterion("C.autotune.breaks", "graph breaks with max_autotune", tuned["graph_breaks"], "== 0")
@@ -357,7 +363,7 @@ else:
 # %%
 from helpers.bench_attention import attention_times
 
-if GPU:
+if GPU and not host.rehearsing_t4():
     times = attention_times()
     display(Markdown("\n".join(["| mask | backend | forward + backward | peak above inputs |", "|---|---|---|---|"]
                        + [f"| {r['mask']} | {r['backend']} | {r['ms']:.2f} ms | {r['gib']:.2f} GiB |" for r in times])))
@@ -372,7 +378,7 @@ if GPU:
     display(save_figure(fig, "C_attention_times", times))
     results.metric("packed attention, SDPA's time over flex's", by["packed", "sdpa"] / by["packed", "flex"], "x")
 else:
-    print("FlexAttention is timed on a GPU; here its forward was compared above.")
+    print("FlexAttention is timed on a GPU, and not in a rehearsal, which says nothing of a T4's speed.")
 
 # %% [markdown]
 # ## Speed and memory
@@ -430,6 +436,9 @@ if BENCH_STEPS and not host.rehearsing_t4():  # a rehearsal says nothing of spee
             best = min((by[name] for name in names if name in by), key=lambda row: row["step_s"])
             results.criterion(f"C.step.{names[0]}", f"1B shape, {best['variant']}: seconds a step on an H100", best["step_s"], f"<= {seconds}", "s")
             results.criterion(f"C.memory.{names[0]}", f"1B shape, {best['variant']}: peak allocated", best["allocated_gib"], f"<= {gib}", "GiB")
+    if {"eager", "compiled+graphs"} <= by.keys():
+        text = "1B shape: eager's step over the compiled one's, replayed as CUDA graphs"
+        results.criterion("C.speedup", text, by["eager"]["step_s"] / by["compiled+graphs"]["step_s"], ">= 2", "x")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3))
     names = [row["variant"].replace("+", "\n+ ") for row in bench]
     left.bar(names, [row["step_s"] for row in bench], color="lightgrey", label="step")
@@ -438,6 +447,8 @@ if BENCH_STEPS and not host.rehearsing_t4():  # a rehearsal says nothing of spee
     left.set(ylabel="s", title=f"Llama 3.2 1B shape, {host.machine()}")
     right.set(ylabel="GiB", title="Peak allocated")
     left.legend()
+    for axis in (left, right):
+        axis.tick_params(axis="x", labelsize=7)
     fig.tight_layout()
     display(save_figure(fig, "C_bench", [{k: row[k] for k in ("variant", "step_s", "gpu_busy_s", "allocated_gib", "reserved_gib")} for row in bench]))
 
@@ -453,6 +464,12 @@ else:
     for id, text in (("C.step", "1B shape: seconds a step on an H100 (bound 0.30; with checkpointing 0.45)"), ("C.memory", "1B shape: peak allocated (bound 3.4 GiB; with checkpointing 1.6)"), ("C.loss.float16", "float16 with GradScaler: loss equals eager's")):
         results.not_run(id, text, "needs a GPU")
     results.not_run("C.flex.training", "FlexAttention trained at varying lengths within the compiled layers", "PyTorch has no backward pass of FlexAttention on a CPU")
+text = "Llama 3.2 1B, real weights: loss equals eager's at each step, worst relative difference"
+if trained == checkpoints.CHALLENGE_1B:
+    results.criterion("C.llama_1b", text, worst(row["relative_difference"] for row in rows_of_losses if row["dtype"] == pairs[-1][0]), "<= 1e-3")
+else:
+    why = "the Hub does not answer here" if GPU else "no GPU"
+    results.not_run("C.llama_1b", text, f"{why}; rehearsed by the runs above")
 results.criterion("C.logged", "memory and speed logged at every step", all("memory_gib" in r and "step_s" in r for run in runs.values() for r in run.rows))
 results.save()
 results.table()

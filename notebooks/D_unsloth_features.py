@@ -61,7 +61,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is imported: it then runs on the CPU, slowly and exactly
 
 from helpers import checkpoints, host, ranks
-from helpers.results import Results, save_figure
+from helpers.results import Results, save_figure, worst
 from helpers.sections import Sections
 
 host.prepare()
@@ -155,8 +155,8 @@ for family in tiny_vision.FAMILIES:
         logit, gradient = row_isolation(model, collate, mixed)
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in collate(mixed).items() if key.startswith(("input", "pixel")))
     isolation.append({"model": family, "logits": logit, "gradients": gradient, "mixed batch": shapes})
-results.criterion("D1.logits", "mixed rows beside the rows alone, worst logit, 6 models, 24 orders", max(r["logits"] for r in isolation), "<= 1e-5")
-results.criterion("D1.gradients", "the same, worst gradient", max(r["gradients"] for r in isolation), "<= 1e-5")
+results.criterion("D1.logits", "mixed rows beside the rows alone, worst logit, 6 models, 24 orders", worst(r["logits"] for r in isolation), "<= 1e-5")
+results.criterion("D1.gradients", "the same, worst gradient", worst(r["gradients"] for r in isolation), "<= 1e-5")
 pd.DataFrame(isolation).set_index("model")
 
 # %% [markdown]
@@ -364,7 +364,7 @@ if GPU:
     large.gradient_checkpointing_enable({"use_reentrant": False})
     for side in (None, 2048, 1024, 512, 256):
         tokens, gib = peak_of_a_step(side)
-        memory.append({"max_side": side or "stock", "image tokens": tokens, "peak_gib": gib})
+        memory.append({"max_side": side or "none", "image tokens": tokens, "peak_gib": gib})
     del large
     torch.cuda.empty_cache()
     fig, axis = plt.subplots(figsize=(6, 3.2))
@@ -377,10 +377,10 @@ if GPU:
 
 # %%
 if GPU:
-    stock, capped = memory[0], next(r for r in memory if r["max_side"] == 512)
+    uncapped, capped = memory[0], next(r for r in memory if r["max_side"] == 512)
     for row in memory:
         print(f"max_side {row['max_side']!s:6} {row['image tokens']:6d} image tokens  " + (f"{row['peak_gib']:.2f} GiB" if row["peak_gib"] else "out of memory"))
-    saved = 1.0 if stock["peak_gib"] is None else 1 - capped["peak_gib"] / stock["peak_gib"]
+    saved = 1.0 if uncapped["peak_gib"] is None else 1 - capped["peak_gib"] / uncapped["peak_gib"]
     results.criterion("D2.memory", "peak memory that max_side=512 saves with a 12-megapixel photo", saved, "> 0")
     display(fig)
 else:
@@ -392,8 +392,10 @@ else:
 # both. **What fails today:** llama.cpp's converter does not know Llava 1.5's tower ("Unsupported model type:
 # clip_vision_model"), so an export that calls it ends as a text model without eyes; and vision layers' LoRA is easily lost.
 #
-# End to end: a small Llava in NF4, its vision tower random, learns to read digits with QLoRA through the collator, the resizing
-# and completions only (sections 1, 2 and 8), on the text model, the tower and the projector.
+# End to end: a small Llava in NF4, its vision tower random, is trained on digits with QLoRA through the collator, the resizing
+# and completions only (sections 1, 2 and 8), on the text model, the tower and the projector. What is judged is the road, not the
+# reader: after the 50 steps of a GPU run about half of the unseen digits are right, after the 150 of the smaller model of a CPU
+# run most.
 
 # %%
 sections.begin("D3")
@@ -440,7 +442,8 @@ results.criterion("D3.files", "text and vision files, LoRA merged in both", all(
 #
 # **One fault is llama.cpp's own:** its Llava graph puts CLIP's class token behind the patches, training has it in front
 # (llama.cpp issue 25814). The export is right: transformers with the token moved behind gives llama.cpp's numbers. Until the
-# graph is mended, Llava 1.5 on CLIP answers a little differently in llama.cpp, whoever exports it; SigLIP towers are exact.
+# graph is mended, Llava 1.5 on CLIP answers otherwise in llama.cpp, whoever exports it (the row `llava`, which is not judged);
+# SigLIP has no class token, and agrees.
 
 # %%
 import numpy as np
@@ -448,11 +451,12 @@ import numpy as np
 from helpers import llamacpp
 from helpers.vision_checks import beside_llamacpp
 
+equal = "Qwen2-VL, Qwen2.5-VL, Llava on SigLIP: top-20 tokens and answers equal in llama.cpp; Llava 1.5 on CLIP only with llama.cpp's class-token order (D3.clip)"
 library = llamacpp.library_path(fetch=os.environ.get("HF_HUB_OFFLINE", "0") != "1")
 if library is None:
     reason = "no llama.cpp here and none may be fetched; rehearsed on a CPU by `python3 -m helpers test --all`"
     for key, text in (("D3.answers", "digits that llama.cpp answers otherwise than transformers"),
-                      ("D3.logits", "Qwen2-VL, Qwen2.5-VL, Llava: top-20 tokens and answers equal in llama.cpp"),
+                      ("D3.logits", equal),
                       ("D3.clip", "Llava 1.5 on CLIP: export right, llama.cpp's class token named")):
         results.not_run(key, text, reason)
 else:
@@ -488,7 +492,7 @@ else:
     display(pd.DataFrame(compared).set_index("model"))
     judged = [row for row in compared if row["model"] != "llava"]
     same = all(row["top20"] and row["answer"] for row in judged)
-    results.criterion("D3.logits", "Qwen2-VL, Qwen2.5-VL, Llava: top-20 tokens and answers equal in llama.cpp", same)
+    results.criterion("D3.logits", equal, same)
     results.criterion("D3.clip", "Llava 1.5 on CLIP, class token where llama.cpp has it: embeddings differ by", moved["embeddings"], "<= 2e-3")
 
 # %% [markdown]
@@ -515,8 +519,7 @@ print(f"{len(lengths)} lengths from {min(lengths)} to {max(lengths)}: "
       f"{rows[-1]['usual']} graphs the usual way, {rows[-1]['ours']} ours")
 results.metric("graphs over random lengths, the usual way", rows[-1]["usual"], "graphs")
 results.criterion("D4.graphs", f"FlexAttention graphs over {len(lengths)} random lengths and four masks", rows[-1]["ours"], "<= 4")
-worst = max(row["error"] for row in rows)
-results.criterion("D4.exact", "worst difference from float64, all lengths and masks", worst, "<= 2e-2" if GPU else "<= 1e-5")
+results.criterion("D4.exact", "worst difference from float64, all lengths and masks", worst(row["error"] for row in rows), "<= 2e-2" if GPU else "<= 1e-5")
 
 # %%
 import matplotlib.pyplot as plt
@@ -656,7 +659,7 @@ kinds = {
     "several labels": ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
     "a number": ({"num_labels": 1}, torch.tensor([0.5, -1.0])),
 }
-worst = 0.0
+apart = []
 for options, labels in kinds.values():
     for side in ("left", "right"):
         inputs = ids.clone(), mask.clone()
@@ -672,8 +675,8 @@ for options, labels in kinds.values():
                 loss = model(inputs[0], attention_mask=inputs[1], labels=labels).loss
                 loss.backward()
                 steps.append(torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters())]))
-        worst = max(worst, (steps[0] - steps[1]).abs().max().item())
-results.criterion("D5.parity", "loss and gradients against stock: 3 kinds of label, left and right padding, worst", worst, "<= 1e-5")
+        apart.append((steps[0] - steps[1]).abs().max().item())
+results.criterion("D5.parity", "loss and gradients against stock: 3 kinds of label, left and right padding, worst", worst(apart), "<= 1e-5")
 
 # %% [markdown]
 # **A real task:** the Berkeley function-calling questions, each with its functions. Does one of them answer the question, or
@@ -808,7 +811,8 @@ except ValueError as error:
     print(f"after:  ValueError: {error}")
 
 # %% [markdown]
-# **Every backend against float64**, forward and gradients, for each mask, with fewer heads for keys than for queries.
+# **Every backend that runs here against float64**, forward and gradients, for each mask, with fewer heads for keys than for
+# queries. xFormers is an extra package: where it cannot run, its row below is NOT RUN.
 
 # %%
 rows = []
@@ -825,22 +829,31 @@ for backend in BACKENDS:
         inputs = [torch.randn(1, n, 300, 64, device=device, dtype=dtype, generator=generator).requires_grad_(gradient) for n in (4, 2, 2)]
         exact = [t.detach().double().requires_grad_(gradient) for t in inputs]
         ours, truth = attention(*inputs, mask, backend=backend), attention(*exact, bench_attention.mask_of(kind, 300, device), backend="eager")
-        error = 0.0
+        error = None
         if gradient:
             weights = torch.randn_like(truth)
             (ours.double() * weights).sum().backward(), (truth * weights).sum().backward()
-            error = max(((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(inputs, exact, strict=True))
+            error = worst(((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(inputs, exact, strict=True))
         rows.append({"backend": backend, "mask": kind, "forward": ((ours.double() - truth).norm() / truth.norm()).item(), "gradient": error, "reason": ""})
 for row in rows:
-    print(f"{row['backend']:10s} {row['mask']:8s} " + (row["reason"] or f"forward {row['forward']:.1e}  gradient {row['gradient']:.1e}"))
-ran = [row for row in rows if not row["reason"]]
-worst = max(max(row["forward"], row["gradient"]) for row in ran)
-results.metric("attention backends that ran", len({row["backend"] for row in ran}), "backends")
-results.criterion("D6.exact", "every backend and mask against float64, forward and gradients, worst relative", worst, "<= 2e-2" if GPU else "<= 1e-5")
+    print(f"{row['backend']:10s} {row['mask']:8s} " + (row["reason"] or f"forward {row['forward']:.1e}" + ("" if row["gradient"] is None else f"  gradient {row['gradient']:.1e}")))
+errors, bound = {}, "<= 2e-2" if GPU else "<= 1e-5"
+for row in rows:
+    if not row["reason"]:
+        name = row["backend"] + (" (forward only)" if row["gradient"] is None else "")
+        errors.setdefault(name, []).extend(row[k] for k in ("forward", "gradient") if row[k] is not None)
+results.metric("attention backends that ran", len(errors), "backends")
+results.criterion("D6.exact", f"{', '.join(errors)}: each mask against float64, forward and gradients, worst relative", worst(map(worst, errors.values())), bound)
+text = "xFormers: each mask against float64, forward and gradients, worst relative"
+if "xformers" in errors:
+    results.criterion("D6.xformers", text, worst(errors["xformers"]), bound)
+else:
+    results.not_run("D6.xformers", text, next(row["reason"] for row in rows if row["backend"] == "xformers"))
 
 # %% [markdown]
 # **In a stock model**, through transformers' registries: a few training steps under each name, same seed and rows, the
-# second one padded on the left.
+# second one padded on the left. They are compared with stock `eager`: stock `sdpa`, printed last, is no reference, since on an
+# H200 that padded row, whose first positions see nothing, gives it NaN from step 2 on.
 
 # %%
 from helpers.attention_transformers import REGISTERED
@@ -865,17 +878,18 @@ def losses_of(implementation, steps=3):
     return losses
 
 
-stock, worst = losses_of("sdpa"), 0.0
+stock, apart = losses_of("eager"), []
 for name, backend in REGISTERED.items():
     case = Case(device, capability, default_dtype(), 64, segments=True, gradient=True)
     if backend != "auto" and (reason := unsupported(backend, case)):
         print(f"{name:16s} {reason}")
         continue
     losses = losses_of(name)
-    worst = max(worst, *(abs(a - b) / b for a, b in zip(losses, stock, strict=True)))
+    apart += [abs(a - b) / b for a, b in zip(losses, stock, strict=True)]
     print(f"{name:16s} {' '.join(f'{loss:.5f}' for loss in losses)}")
-print(f"{'sdpa (stock)':16s} {' '.join(f'{loss:.5f}' for loss in stock)}")
-results.criterion("D6.training", "training steps of a stock model under every name against sdpa, worst relative", worst, "<= 5e-3" if GPU else "<= 1e-5")
+for name, losses in (("eager (stock)", stock), ("sdpa (stock)", losses_of("sdpa"))):
+    print(f"{name:16s} {' '.join(f'{loss:.5f}' for loss in losses)}")
+results.criterion("D6.training", "training steps of a stock model under every name that runs against stock eager, worst relative loss", worst(apart), "<= 5e-3" if GPU else "<= 1e-5")
 
 # %% [markdown]
 # **What the choice is worth:** forward and backward of one row of 4,096 tokens, per backend and mask, timed once the program
@@ -1004,7 +1018,9 @@ HTML(f'<pre style="white-space:pre-wrap;font-size:85%">{coloured(shortest)}</pre
 # %% [markdown]
 # **Train and score.** The score is BFCL's own checker's, on functions that were never seen; *irrelevance* is the share of
 # questions without a fitting function that are answered without a call. A model that cannot call at all scores 1 there, so
-# read it beside the others. The small random Llama of a CPU run shows that the loss falls, no more.
+# read it beside the others. On an H200 50 steps bring a part of the single calls and none of several in one turn (`parallel` and
+# `parallel_multiple` stay at 0 of 15), and as irrelevance falls, the total does not rise (44 of 100, then 42). The small random
+# Llama of a CPU run shows that the loss falls, no more.
 
 # %%
 import contextlib
@@ -1246,21 +1262,24 @@ else:
 
 # %% [markdown]
 # ## Summary
-# Twelve points, then criterion by criterion. A feature's points count where none of its criteria fails.
+# Twelve points, then criterion by criterion. A feature's points count where none of its criteria fails; where one was NOT RUN
+# here, they are counted apart.
 
 # %%
 from IPython.display import Markdown
 
 POINTS = {1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 2, 7: 1, 8: 1, 9: 2}
-lines, total = ["| feature | points | passed | failed | not run |", "|---|---|---|---|---|"], 0
+lines, whole, part = ["| feature | points | passed | failed | not run |", "|---|---|---|---|---|"], 0, 0
 for feature, points in POINTS.items():
     status = [row["status"] for row in results.criteria.values() if row["id"].startswith(f"D{feature}.")]
     counts = [status.count(kind) for kind in ("PASS", "FAIL", "NOT RUN")]
     earned = points if counts[0] and not counts[1] else 0
-    total += earned
-    lines.append(f"| {feature} | {earned} of {points} | {counts[0]} | {counts[1]} | {counts[2]} |")
-results.metric("points of features without a failed criterion", total, "of 12")
-Markdown("\n".join([*lines, f"| all | {total} of 12 | | | |"]))
+    partly = earned if counts[2] else 0
+    whole, part = whole + earned - partly, part + partly
+    lines.append(f"| {feature} | {earned} of {points}{' (part not run)' if partly else ''} | {counts[0]} | {counts[1]} | {counts[2]} |")
+results.metric("points of features whose every criterion passed", whole, "of 12")
+results.metric("points of features with a part not run and none failed", part, "of 12")
+Markdown("\n".join([*lines, f"| all | {whole} of 12{f', and {part} (part not run)' if part else ''} | | | |"]))
 
 # %%
 results.save()

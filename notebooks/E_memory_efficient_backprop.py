@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import checkpoints, host
-from helpers.results import Results, save_figure
+from helpers.results import Results, save_figure, worst
 
 host.prepare()
 GPU = torch.cuda.is_available()
@@ -271,14 +271,14 @@ for name, (function, more, finish) in FUNCTIONS.items():
             got = [t.detach() for t in (loss, *torch.autograd.grad(loss * -1.7, inputs))]
             errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True)]
             rows.append({"function": name, "weight": "trained" if trained else "frozen", "chunk": chunk, "loss": errors[0],
-                         "dx": errors[1], "weight_and_bias": max(errors[2:], default=0.0)})
+                         "dx": errors[1], "weight_and_bias": worst(errors[2:]) if trained else 0.0})
 for name in FUNCTIONS:
     mine = [r for r in rows if r["function"] == name]
-    print(f"{name:42s} relative error: loss {max(r['loss'] for r in mine):.1e}, dX {max(r['dx'] for r in mine):.1e}, "
-          f"dW, db {max(r['weight_and_bias'] for r in mine):.1e}")
-worst = {name: max(max(r["loss"], r["dx"], r["weight_and_bias"]) for r in rows if r["function"] == name) for name in FUNCTIONS}
+    print(f"{name:42s} relative error: loss {worst(r['loss'] for r in mine):.1e}, dX {worst(r['dx'] for r in mine):.1e}, "
+          f"dW, db {worst(r['weight_and_bias'] for r in mine):.1e}")
 results.criterion("E.others", "six other functions: worst relative error of loss and gradients",
-                  max(v for k, v in worst.items() if k != "cross entropy"), "<= 1e-4")
+                  worst(r[key] for r in rows for key in ("loss", "dx", "weight_and_bias") if r["function"] != "cross entropy"),
+                  "<= 1e-4")
 
 # %% [markdown]
 # The upcast is at work, and not only written: on bfloat16 hidden states, the loss is that of float32 logits and not that of
@@ -395,6 +395,9 @@ for trained, reduction in reductions.items():
 
 # %%
 HOPPER = total_gib > 60 and not host.rehearsing_t4() and torch.cuda.get_device_capability() == (9, 0)
+NOT_A_T4S = " (not a T4's)" if host.rehearsing_t4() else ""
+if host.rehearsing_t4():
+    print("times, here and below, are those of the card that rehearses: a rehearsal says nothing of a T4's speed")
 benchmarks = {}
 if GPU:
     for trained in (False, True):
@@ -433,8 +436,9 @@ for trained in (False, True):
 
 # %% [markdown]
 # ## Dynamic chunk sizes
-# Any number of rows, or `auto`: what keeps the device busy, as far as memory is free; halved when memory runs out. Small chunks save
-# memory and cost time, because the sum of the weight's gradient is read and written once a chunk.
+# Any number of rows, or `auto`: what keeps the device busy, as far as memory is free; halved when memory runs out. Small chunks cost
+# time, because the sum of the weight's gradient is read and written once a chunk. They save memory only down to where the float32
+# sum, with the gradient rounded from it at the end, sets the peak: up to about 2048 rows at 4096 x 131072.
 
 # %%
 case, sweep = bench.make_case(*SHAPE, trained=True, dtype=dtype), []
@@ -448,18 +452,21 @@ for chunk in [*sizes, "auto"]:
                "peak_gib": max(r["gib"] for r in bench.memory_curve(lambda function=function: function(case).backward()))}
         case.clear()
     sweep.append({"chunk": chunk, **{k: row[k] for k in ("ms", "peak_gib", "loss")}})
-    print(f"{chunk!s:>5} rows a chunk: {row['ms']:7.1f} ms, peak {row['peak_gib']:6.3f} GiB, loss {row['loss']:.6f}")
-spread = max(r["loss"] for r in sweep) - min(r["loss"] for r in sweep)
+    print(f"{chunk!s:>5} rows a chunk: {row['ms']:7.1f} ms{NOT_A_T4S}, peak {row['peak_gib']:6.3f} GiB, loss {row['loss']:.6f}")
+spread = worst(r["loss"] for r in sweep) - min(r["loss"] for r in sweep)
 results.criterion("E.chunks", "largest difference of the loss between chunk sizes, relative", spread / sweep[0]["loss"], "<= 1e-5")
 fig, memory = plt.subplots(figsize=(6, 3.2))
 memory.plot(range(len(sizes)), [r["peak_gib"] for r in sweep[:-1]], "o-", color="tab:blue")
 memory.axhline(sweep[-1]["peak_gib"], ls=":", color="tab:blue", label="auto")
-memory.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel="rows of a chunk", ylabel="peak, GiB")
+memory.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel="rows of a chunk")
+memory.set_ylabel("peak, GiB", color="tab:blue")
+memory.tick_params(axis="y", colors="tab:blue")
 if GPU:
     time_axis = memory.twinx()
     time_axis.plot(range(len(sizes)), [r["ms"] for r in sweep[:-1]], "s-", color="tab:orange")
     time_axis.axhline(sweep[-1]["ms"], ls=":", color="tab:orange")
-    time_axis.set(ylabel="forward + backward, ms")
+    time_axis.set_ylabel(f"forward + backward, ms{NOT_A_T4S}", color="tab:orange")
+    time_axis.tick_params(axis="y", colors="tab:orange")
 memory.legend(loc="upper center")
 memory.set_title(f"trained weight, {' x '.join(map(str, SHAPE))}\n{host.machine()}")
 fig.tight_layout()
@@ -493,6 +500,9 @@ if GPU:
 # trained too, with random weights: its memory and arithmetic are real, its loss is that of noise. Real weights train in fp16, as
 # on a T4, with GradScaler: in bfloat16 SmolLM2's loss moves by up to 0.7% when any product is rounded another way, and by less
 # than 0.1% in fp16. The learning rate is a tenth of the usual one: Adam's first steps turn mere roundings into whole updates.
+#
+# What is saved here is memory, and a step may even take longer: the logits of a sum are made once either way, but chunks take
+# more calls from Python, for which steps this small wait, and finding the rows that have labels waits for the GPU.
 
 # %%
 from helpers.train import TrainArguments, train
@@ -577,7 +587,7 @@ save_figure(fig, "E_training_loss", rows)
 # **What you should see:** two curves that cannot be told apart, and differences below the dashed line at 1e-3.
 
 # %%
-largest = {name: max(r["relative_difference"] for r in rows if r["model"] == name) for name in curves}
+largest = {name: worst(r["relative_difference"] for r in rows if r["model"] == name) for name in curves}
 for name, value in largest.items():
     print(f"{name}: worst relative difference of {steps} steps {value:.1e}")
 real = [name for name in names if name not in ("embedded", "shape:llama-3.2-1b")]
@@ -595,7 +605,7 @@ for name in names:
     for loss in ("full", "chunked"):
         results.metric(f"{label}, {loss}, step time", runs[name, loss].median_step_s, "s")
         results.metric(f"{label}, {loss}, peak allocated", runs[name, loss].peak_allocated_gib, "GiB")
-results.criterion("E.loss_tied", f"tied head trained: loss of {steps} steps, worst relative difference", max(list(largest.values())[-1:]),
+results.criterion("E.loss_tied", f"tied head trained: loss of {steps} steps, worst relative difference", list(largest.values())[-1],
                   "<= 1e-3")
 
 # %% [markdown]
@@ -657,7 +667,7 @@ for head in ("full", "chunked", *(("trl",) if GPU and not host.rehearsing_t4() e
     log, peak, _, _ = grpo_run(head, recorded)
     grpo_logs[head] = log
     seconds = sorted(row["step_time"] for row in log)[len(log) // 2]
-    print(f"{head:8s} median step {seconds:6.3f} s, peak {peak:6.3f} GiB" if GPU else head)
+    print(f"{head:8s} median step {seconds:6.3f} s{NOT_A_T4S}, peak {peak:6.3f} GiB" if GPU else head)
     if GPU:
         results.metric(f"GRPO, {head}, step time", seconds, "s")
         results.metric(f"GRPO, {head}, peak allocated", peak, "GiB")
@@ -674,30 +684,33 @@ for axis, key in zip(axes, QUANTITIES, strict=True):
     axis.plot([r["step"] for r in rows], [r[f"{key}, full"] for r in rows], "--", color="grey", label="full logits")
     axis.plot([r["step"] for r in rows], [r[f"{key}, chunked"] for r in rows], color="tab:blue", label="chunks")
     axis.set(title=key, xlabel="step")
-axes[0].legend()
 fig.suptitle(f"GRPO, {grpo_label}, {host.machine()}")
 fig.tight_layout()
+fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
 save_figure(fig, "E_grpo", rows)
 
 # %% [markdown]
-# **What you should see:** loss, KL and gradient norm of both runs on each other, step by step.
+# **What you should see:** loss, KL and gradient norm of both runs on each other, step by step. At this size chunks save no memory:
+# all completions of a micro-batch are fewer rows than `auto` puts into one chunk, so all their logits exist at once, as in full.
 
 # %%
-apart = {key: max(abs(r[f"{key}, full"] - r[f"{key}, chunked"]) for r in rows) / max(abs(r[f"{key}, full"]) for r in rows)
+apart = {key: worst(abs(r[f"{key}, full"] - r[f"{key}, chunked"]) for r in rows) / worst(abs(r[f"{key}, full"]) for r in rows)
          for key in QUANTITIES}
 print("largest difference over the largest value:", {k: f"{v:.1e}" for k, v in apart.items()})
 uneven = any(row["completions/min_length"] < row["completions/max_length"] for row in grpo_logs["full"])
 learnt = all(row["grad_norm"] == row["grad_norm"] for row in grpo_logs["full"]) and grpo_logs["full"][-1]["kl"] > 0
 results.criterion("E.grpo", "GRPO on the same completions: loss, KL and gradient norm against full logits, worst difference",
-                  max(apart.values()), "<= 1e-3")
+                  worst(apart.values()), "<= 1e-3")
 results.criterion("E.grpo_real", "the run had completions of uneven length, accumulation, KL, and learnt", uneven and learnt)
 
 # %% [markdown]
 # GRPO's loss alone, at the size of an 8B model: eight completions of 2048 tokens, forward and backward, beside TRL's chunked
-# path and Liger's.
+# path and Liger's. These are rows for many chunks, and here memory is saved.
 
 # %%
+id, text = "E.grpo_memory", "GRPO's loss alone, less peak memory than full logits, the worse of frozen and trained weight"
 if total_gib > 60:
+    parts = []
     for trained in (False, True):
         case = bench.make_case(*SHAPE, trained=trained, dtype=dtype)
         table = bench.measure(bench.grpo_paths(case, 8), case, 3)
@@ -705,15 +718,18 @@ if total_gib > 60:
         for row in table:
             results.metric(f"GRPO loss, {row['path']}, {'trained' if trained else 'frozen'}, time", row["ms"], "ms")
             results.metric(f"GRPO loss, {row['path']}, {'trained' if trained else 'frozen'}, peak", row["peak_gib"], "GiB")
+        peaks = {row["path"]: row["peak_gib"] for row in table}
+        parts.append(peaks["ours"] / peaks["full logits"])
         del case
+    results.criterion(id, text, 100 * (1 - worst(parts)), ">= 80", "%")
 else:
-    print("needs a GPU of 60 GiB")
+    results.not_run(id, text, "needs a GPU of 60 GiB")
 
 # %% [markdown]
 # ## Summary
 # The challenge's marks, and where they are judged: 50% less VRAM `E.memory_*`; the float32 upcast `E.upcast`; cross entropy
 # `E.cross_entropy`; other functions `E.others`; no derivative by hand `E.autograd`; dynamic chunk sizes `E.chunks`; the training
-# loss of Llama-3.2-1B `E.llama_1b`, with `E.loss_*` beside it; GRPO `E.grpo` and `E.grpo_real`.
+# loss of Llama-3.2-1B `E.llama_1b`, with `E.loss_*` beside it; GRPO `E.grpo`, `E.grpo_real` and `E.grpo_memory`.
 
 # %%
 results.save()
