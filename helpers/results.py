@@ -9,11 +9,14 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from . import host
 
@@ -77,6 +80,12 @@ def save_figure(fig: Figure, stem: str, rows: Iterable[Mapping[str, Any]]) -> Fi
     fig.savefig(output_folder() / f"{stem}{rehearsal_suffix()}.png", dpi=150, bbox_inches="tight")
     plt.close(fig)
     return fig
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest of ``values``: NaN where one of them is, which Python's ``max`` may lose, and where there is none."""
+    found = [float(value) for value in values]
+    return float(np.max(found)) if found else math.nan
 
 
 class Results:

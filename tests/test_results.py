@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 import types
 from collections import Counter
@@ -19,6 +20,13 @@ from helpers.results import Results
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_OUT", str(tmp_path / "run"))
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [1.0, math.nan], [torch.tensor(1.0), math.nan, 2.0], []])
+def test_the_worst_of_what_is_no_number_is_none(values):
+    assert math.isnan(results.worst(values))
+    Results("A").criterion("A.x", "text", results.worst(iter(values)), "<= 5")
+    assert results.worst([1.0, torch.tensor(3.0), 2]) == 3.0
 
 
 @pytest.mark.parametrize(
