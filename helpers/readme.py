@@ -147,7 +147,7 @@ def _context() -> str:
         where = f"{row['shape']}, {row['cap_gib']} GiB, {row['dtype']}"
         found.setdefault(where, {})[row["contender"]] = f"{int(row['tokens']):,}{more}"
     lines += [_row(where, *(by.get(name, "") for name in names)) for where, by in found.items()]
-    grid = "the next length tried is a quarter of an octave longer, and 131,072 is the models' last"
+    grid = "the next length is a quarter of an octave longer, and 131,072 the models' last; or more: it was not tried"
     return "\n".join([*lines, "", f"Tokens, random weights; {grid}."])
 
 
