@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .memory import note_outside
 
@@ -30,12 +31,18 @@ def possible() -> bool:
     if os.environ.get("NCCL_P2P_DISABLE") == "1" or torch.cuda.device_count() < ranks:
         return False
     mine = torch.cuda.current_device()
-    able = all(torch.cuda.can_device_access_peer(mine, other) for other in range(ranks) if other != mine)
+    if not _all(all(torch.cuda.can_device_access_peer(mine, other) for other in range(ranks) if other != mine)):
+        return False
     try:
-        able = able and bool(_symmetric(ALIGNED, torch.device("cuda", mine)))
+        able = bool(_symmetric(ALIGNED, torch.device("cuda", mine)))
     except RuntimeError:  # a container may forbid that processes hand each other memory
         able = False
-    agreed = torch.tensor(int(able))
+    return _all(able)
+
+
+def _all(mine: bool) -> bool:
+    """Whether it is so on every rank."""
+    agreed = torch.tensor(int(mine))
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed)
 
@@ -66,13 +73,15 @@ class Lender:
         return [memory[start : start + mine.nbytes].view(mine.dtype) for memory in self.everyones]
 
     def lend(self, root: nn.Module) -> None:
-        """All pieces are filled and stay as they are: from now on ranks may read each other's. ``root`` is called by
-        the stream that computes.
+        """All pieces are filled and stay as they are: from now on ranks may read each other's. The sharded modules of
+        ``root`` are called by the stream that computes.
 
         Raises:
             RuntimeError: what a rank reads is not what the other one wrote.
         """
-        root.register_forward_pre_hook(self._note_stream, prepend=True)
+        for module in root.modules():  # generation calls blocks and not the root, and a replay calls neither
+            if isinstance(module, FSDPModule):
+                module.register_forward_pre_hook(self._note_stream, prepend=True)
         mine = _sum(self.memory)
         theirs = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(theirs, mine)  # nobody reads before all have written
