@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .completions import IGNORE
+from .results import worst
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,9 +61,9 @@ def row_isolation(
         alone_gradients.append(gradients(row_losses(logits, batch["labels"]).sum(), parameters))
 
     def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-        return ((found - expected).abs().max() / max(1, expected.abs().max())).item()
+        return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
-    worst_logit = worst_gradient = 0.0
+    of_logits, of_gradients = [], []
     side = collate.padding_side
     for number, order in enumerate(orders or itertools.permutations(range(len(rows)))):
         collate.padding_side = ("right", "left")[number % 2]
@@ -70,16 +71,16 @@ def row_isolation(
         logits = forward(model, batch)
         for place, i in enumerate(order):
             seen = batch["attention_mask"][place].bool()
-            worst_logit = max(worst_logit, (logits[place, seen] - alone[i]).abs().max().item())
+            of_logits.append((logits[place, seen] - alone[i]).abs().max().item())
         losses = row_losses(logits, batch["labels"])
         if number == 0:
             for place, i in enumerate(order):
                 own = gradients(losses[place], parameters, keep=True)
-                worst_gradient = max(worst_gradient, difference(own, alone_gradients[i]))
+                of_gradients.append(difference(own, alone_gradients[i]))
         whole = gradients(losses.sum(), parameters)
-        worst_gradient = max(worst_gradient, difference(whole, sum(alone_gradients[i] for i in order)))
+        of_gradients.append(difference(whole, sum(alone_gradients[i] for i in order)))
     collate.padding_side = side
-    return worst_logit, worst_gradient
+    return worst(of_logits), worst(of_gradients)
 
 
 @torch.no_grad()
