@@ -180,12 +180,11 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     work, loss = workspaces + width * s.largest, workspaces + _loss_bytes(s, args, tokens, width)  # a weight, decoded
     if ranks > 1:  # whole at a time: two layers, or the head
         options = FSDP2Config.parse(args.fsdp2_options)
-        work += (2 if options.reshard_after_forward else s.layers) * sum(weights[:2]) // s.layers
+        two_layers = 2 * sum(weights[:2]) // s.layers
+        work += two_layers if options.reshard_after_forward else sum(weights[:2])
         if args.compile and options.prefetch:  # the head is gathered beside the last layer's forward
-            ahead = 2 * sum(weights[:2]) // s.layers + width * (
-                s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden)
-            )
-            loss = max(loss, workspaces + ahead)
+            forward = width * (s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden))
+            loss = max(loss, workspaces + two_layers + forward)
         loss += width * s.vocabulary * s.hidden
         weights = (0, 0, 0) if options.cpu_offload else tuple(x // ranks for x in weights)
         trained = tuple(x // ranks for x in trained)
