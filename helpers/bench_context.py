@@ -35,10 +35,10 @@ from .ranks import places
 from .results import read_rows, write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
-# GiB (at most the card's own), compute dtype, and tokens of the first probe.
-CAPS = {"T4": (14.7, "float16", 2048), "H100": (80.0, "bfloat16", 131072)}
-GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
 POSITIONS = 131072  # that the shapes' models have
+# GiB (at most the card's own), compute dtype, and tokens of the first probe.
+CAPS = {"T4": (14.7, "float16", 2048), "H100": (80.0, "bfloat16", POSITIONS)}
+GRID = sorted({round(512 * 2 ** (step / 4) / 256) * 256 for step in range(49)})  # tokens, 512 to 2 M
 PROBE = ["-m", "helpers.bench_context", "--probe"]
 
 
@@ -190,26 +190,29 @@ def bench(
     def search(cap: str, shape: str, contender: str, scratch: str, gpus: queue.Queue[str]) -> None:
         gib, dtype, start = CAPS[cap]
         before = earlier.get((cap, shape, contender), {})
+        peaks: dict[int, float] = {}  # of the lengths that fitted
+
+        def attempted(length: int) -> dict[str, Any]:
+            found = attempt(Probe(shape, contender, gib, dtype, length), scratch, gpu)
+            if found.get("fits"):
+                peaks[length] = found["allocated_gib"]
+            return found
+
         with lock:  # the next contender's end is not far from this one's, nor from where it was before
             ends = [row["tokens"] for (*case, _), row in rows.items() if case == [cap, shape]] + [before.get("tokens")]
             ends = [tokens for tokens in ends if tokens]
         gpu = gpus.get()
         try:
-            tokens, known, error = longest(
-                lambda length: attempt(Probe(shape, contender, gib, dtype, length), scratch, gpu), gib, grid,
-                ends[-1] if ends else start,
-            )  # fmt: skip
+            tokens, known, error = longest(attempted, gib, grid, ends[-1] if ends else start)
         finally:
             gpus.put(gpu)
         with lock:
             if not (tokens or known or error) and before:  # no time for a single probe
                 rows[cap, shape, contender] = before
                 return
-            case = {"shape": shape, "contender": contender, "cap_gib": gib, "length": tokens}
-            peaks = [probe["allocated_gib"] for probe in probes if probe.get("fits") and case.items() <= probe.items()]
             rows[cap, shape, contender] = {
                 "shape": shape, "contender": contender, "memory": cap, "cap_gib": gib, "dtype": dtype,
-                "tokens": tokens, "allocated_gib": peaks[0] if peaks else "", "next_does_not_fit": known,
+                "tokens": tokens, "allocated_gib": peaks.get(tokens, ""), "next_does_not_fit": known,
                 "error": error,
             }  # fmt: skip
             write_rows([rows[key] for key in keys if key in rows], out / "context_bench.csv")

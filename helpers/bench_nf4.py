@@ -28,7 +28,8 @@ import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from . import checkpoints, host, nf4_linear
+from . import host, nf4_linear
+from .checkpoints import default_dtype
 from .nf4 import dequantize_nf4, empty_strided, statistics_of
 from .nf4_baselines import (
     Decoder,
@@ -89,11 +90,6 @@ def read(path: Path) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
             cases = found.setdefault(row["measurement"], {})
             cases.setdefault((row["case"], row["dtype"]), {})[row["contender"]] = float(row["value"])
     return found
-
-
-def training_dtype() -> torch.dtype:
-    """bfloat16, or float16 on a T4, where Inductor refuses bfloat16 and matrix products emulate it."""
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Params4bit, bnb.QuantState]:
@@ -275,7 +271,7 @@ def launch_cost(rows: Rows) -> None:
 
 def compiled_mlp(rows: Rows, rounds: int) -> None:
     """The MLP with our decoder, eager, compiled and as a CUDA graph: wall time a call, GPU time of its decodes."""
-    for bsz, qlen, hd, m, dtype in ((5, 777, 1024, 4096, training_dtype()), (2, 3333, 2048, 8192, torch.float16)):
+    for bsz, qlen, hd, m, dtype in ((5, 777, 1024, 4096, default_dtype()), (2, 3333, 2048, 8192, torch.float16)):
         mlp, x = MLP(hd, m, dtype), torch.randn(bsz, qlen, hd, dtype=dtype, device="cuda")
 
         def eager(x, mlp=mlp):
@@ -319,7 +315,7 @@ def peak_memory(rows: Rows) -> None:
 
 def linear_layers(rows: Rows, rounds: int) -> None:
     """Forward and backward of a frozen 4-bit layer: decoded by us, bitsandbytes' own, and what the trainer takes."""
-    inputs, outputs, dtype = 4096, 14336, training_dtype()
+    inputs, outputs, dtype = 4096, 14336, default_dtype()
     mlp = MLP(inputs, outputs, dtype)
     layer = mlp.up_proj
     layers = {
@@ -351,7 +347,7 @@ def training_steps(rows: Rows, model: str = "shape:llama-3.2-1b-4-layers", token
                     accumulation=1, max_length=count, nf4=nf4, compile=False, checkpointing=False, deterministic=False,
                     prompt="",
                 ))  # fmt: skip
-            dtype = checkpoints.default_dtype()
+            dtype = default_dtype()
             rows.add("training step", f"{count} tokens", dtype, name, 1e3 * run.median_step_s, "ms")
             rows.add("training step, peak memory", f"{count} tokens", dtype, name, run.peak_allocated_gib, "GiB")
 

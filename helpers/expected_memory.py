@@ -180,16 +180,15 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     work, loss = workspaces + width * s.largest, workspaces + _loss_bytes(s, args, tokens, width)  # a weight, decoded
     if ranks > 1:  # whole at a time: two layers, or the head
         options = FSDP2Config.parse(args.fsdp2_options)
-        work += (2 if options.reshard_after_forward else s.layers) * sum(weights[:2]) // s.layers
+        two_layers = 2 * sum(weights[:2]) // s.layers
+        work += two_layers if options.reshard_after_forward else sum(weights[:2])
         if args.compile and options.prefetch:  # the head is gathered beside the last layer's forward
-            layers = 2 * sum(weights[:2]) // s.layers + width * s.largest
-            loss = max(loss, workspaces + layers + width * tokens * (2 * s.feed_forward + 7 * s.hidden))
+            forward = width * (s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden))
+            loss = max(loss, workspaces + two_layers + forward)
         loss += width * s.vocabulary * s.hidden
         whole = (2 if args.cuda_graphs else 1) * width * s.adapters  # adapters; a recording keeps where they arrive
-        work, loss = (
-            work + whole,
-            max(loss, (width + 4) * s.adapters + 4 * s.adapters // ranks) + whole,
-        )  # or their gradients' sum
+        summed = (width + 4) * s.adapters + 4 * s.adapters // ranks  # their gradients, at the end of a backward pass
+        work, loss = work + whole, max(loss, summed) + whole
         weights = (0, 0, 0) if options.cpu_offload else tuple(x // ranks for x in weights)
         trained = tuple(x // ranks for x in trained)
     dense = args.attention in ("eager", "stock") or (args.packing and args.attention == "sdpa")  # a mask for each head

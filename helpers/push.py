@@ -6,13 +6,14 @@ python3 -m helpers.push --adapter runs/train --repo_id me/my-adapter
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .results import read_rows
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PUSHED = ("adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "vocab.json",
@@ -105,10 +106,7 @@ def push(
 
 
 def _log_line(log: Path) -> str:
-    if not log.is_file():
-        return ""
-    with open(log, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(log)
     ends = [f"{float(row['loss']):.4f} at step {row['step']}" for row in (rows[:1] + rows[-1:])]
     return f" Loss {', '.join(ends)}." if ends else ""
 

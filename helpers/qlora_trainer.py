@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from . import fsdp2
 from .memory import peak_gib
+from .results import read_rows
 
 COLUMNS = ["step", "loss", "grad_norm", "memory_gib", "tokens_per_s", "step_s"]
 # PyTorch's own, 65536, overflows in the first steps, and a skipped step parts two runs that differ by a rounding.
@@ -32,9 +33,8 @@ class StepLog(TrainerCallback):
         self.rows: list[dict[str, float]] = []
         self.started = 0.0
         self.tokens = 0
-        if keep_up_to and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        if keep_up_to:
+            rows = [{key: float(value) for key, value in row.items()} for row in read_rows(path)]
             self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= keep_up_to]
 
     def on_train_begin(self, args, state, control, **kwargs):

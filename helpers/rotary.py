@@ -240,7 +240,8 @@ def _benchmark(
 ) -> None:
     """Print GPU times of both, compiled as layers are: for any batch and length, from what the projections make."""
     from .attention import one_graph
-    from .bench_nf4 import gpu_times, training_dtype
+    from .bench_nf4 import gpu_times
+    from .checkpoints import default_dtype
 
     def compiled(function: Callable) -> Callable:
         def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +251,7 @@ def _benchmark(
         return torch.compile(run, dynamic=True, fullgraph=True)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", dtype=training_dtype())
+        return torch.randn(shape, device="cuda", dtype=default_dtype())
 
     inputs = []
     for _ in range(4):  # more than the L2 cache holds
@@ -267,7 +268,7 @@ def _benchmark(
                 run(q, k, cos, sin), (q, k), grads
             ),
         }
-        shape = f"[{batch}, {q_heads} + {k_heads}, {length}, {size}] {training_dtype()}"
+        shape = f"[{batch}, {q_heads} + {k_heads}, {length}, {size}] {default_dtype()}"
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}, medians of {rounds}")
         for name, call in calls.items():
             times = gpu_times({who: functools.partial(call, run) for who, run in forward.items()}, inputs, rounds)

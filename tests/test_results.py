@@ -25,7 +25,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("values", [[math.nan, 1.0], [1.0, math.nan], [torch.tensor(1.0), math.nan, 2.0], []])
 def test_the_worst_of_what_is_no_number_is_none(values):
     assert math.isnan(results.worst(values))
-    Results("A").criterion("A.x", "text", results.worst(iter(values)), "<= 5")
+    judged = Results("A")
+    judged.criterion("A.x", "text", results.worst(iter(values)), "<= 5")
+    assert judged.criteria["A.x"]["status"] == results.FAIL
     assert results.worst([1.0, torch.tensor(3.0), 2]) == 3.0
 
 
