@@ -186,6 +186,8 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
             forward = width * (s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden))
             loss = max(loss, workspaces + two_layers + forward)
         loss += width * s.vocabulary * s.hidden
+        if options.peer_reads is False:  # layers as NCCL gathers them, rank by rank, beside what they are copied to
+            work, loss = work + two_layers, loss + two_layers
         whole = (2 if args.cuda_graphs else 1) * width * s.adapters  # adapters; a recording keeps where they arrive
         summed = (width + 4) * s.adapters + 4 * s.adapters // ranks  # their gradients, at the end of a backward pass
         work, loss = work + whole, max(loss, summed) + whole

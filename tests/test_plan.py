@@ -160,6 +160,30 @@ def test_sums_are_within_a_tenth_of_an_h100s(case, settings, measured, monkeypat
     assert memory.total / GIB == pytest.approx(measured, rel=0.1)
 
 
+# The same of a rank of two (figures/B_bench.csv).
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"optimizer": "adamw_8bit", "cuda_graphs": True}, 6.22),
+        ({"optimizer": "adamw_torch", "cuda_graphs": True}, 6.68),
+        ({"optimizer": "adamw_8bit"}, 5.38),
+        ({"optimizer": "adamw_8bit", "cuda_graphs": True, "nf4": "bitsandbytes"}, 6.37),
+        ({"optimizer": "adamw_8bit", "cuda_graphs": True, "fsdp2_options": "no-peer-reads"}, 6.67),
+    ],
+)
+def test_sums_of_a_rank_are_within_a_tenth_of_an_h100s(settings, measured, monkeypatch):
+    monkeypatch.setattr(expected_memory, "capability", lambda: (9, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model, lengths, max_length, rank = EIGHT
+    config, _, _ = plan.config_of(model)
+    arguments = TrainArguments(
+        dtype="bfloat16", steps=9, batch_size=2, accumulation=4, max_length=max_length, lora_rank=rank, fsdp2=True,
+        loss="chunked", compile=True, checkpointing=True, **settings,
+    )  # fmt: skip
+    memory = expected_memory.expected(config, arguments, lengths)
+    assert memory.total / GIB == pytest.approx(measured, rel=0.1)
+
+
 def test_ranks_share_what_is_sharded(monkeypatch):
     config, _, _ = plan.config_of("shape:llama-3.1-8b")
     alone = TrainArguments(
