@@ -192,7 +192,8 @@ def test_the_fast_tests_exist():
 def test_ctrl_c_ends_the_children_too():
     """As a terminal sends it: to the whole group, whose last child ignores nothing and is waited for."""
     code = (
-        "import sys; from helpers import __main__ as m\n"
+        "import signal, sys; from helpers import __main__ as m\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "sys.exit(m._start([sys.executable, '-c', 'import signal; print(1, flush=True); signal.pause()']))"
     )
     started = subprocess.Popen(
