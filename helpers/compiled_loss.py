@@ -28,7 +28,7 @@ from .linear_chunk import autocast_now
 from .linear_loss import IGNORED, MemoryEfficientLinear, linear_forward
 from .linear_plan import Form, Output, Plan
 from .replaced import called_as, replaced_forward
-from .sharded_steps import agreed, put_away, streams_of
+from .sharded_steps import agreed, put_away, sharded_modules, streams_of
 from .step_graphs import StepGraphs
 
 LOGITS_BYTES = 64 * 1024**2  # of one chunk's logits; the loss needs about twice that
@@ -186,12 +186,13 @@ def compile_loss(
     stack.enter_context(replaced_forward(base, compiled_forward))  # inactive, it passes on
     if root is not None and compiled.cuda_graphs:
         call_root = functools.partial(type(root).__call__, root)
+        sharded = functools.cache(functools.partial(sharded_modules, root))  # once it is, and not at every replay
 
         def call(cls: type, module: nn.Module, *args: Any, **kwargs: Any):
             if not args and is_ours(**kwargs) and trains(**kwargs):
                 batch = batch_of(True, **kwargs)
                 if batch.documents is not None:
-                    put_away(root)
+                    put_away(sharded())
                     return replayed(batch)
             return cls.__call__(module, *args, **kwargs)
 

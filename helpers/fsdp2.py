@@ -45,7 +45,7 @@ from .host_store import HostStore
 from .layer_checkpoint import can_be_halved
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
-from .sharded_steps import put_away
+from .sharded_steps import put_away, sharded_modules
 
 __all__ = [
     "FSDP2Config", "TrainsSharded", "active_parts", "clip_grad_norm", "frozen_bytes", "gather_trainable", "launch",
@@ -245,7 +245,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
 
 def gather_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     """Trainable parameters, whole, on the CPU of rank 0 and under their names; every rank must call it."""
-    put_away(model)  # or they might be the rounded ones that a generation has left
+    put_away(sharded_modules(model))  # or they might be the rounded ones that a generation has left
     gathered = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -332,7 +332,7 @@ def _prefetch(modules: list[FSDPModule], ahead: int) -> None:
 
 def _evaluated(model: nn.Module, args: tuple, output: Any) -> None:
     if not torch.is_grad_enabled():
-        put_away(model)
+        put_away(sharded_modules(model))
 
 
 def _gather_ahead(head: nn.Module, block: nn.Module, args: tuple) -> None:

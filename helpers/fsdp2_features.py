@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from . import checkpoints, fsdp2, t4
@@ -29,6 +28,7 @@ from .compile_counter import CompileCounter
 from .gathered import gathered
 from .nf4_tensor import NF4Linear, unpack
 from .results import write_atomically
+from .sharded_steps import sharded_modules
 from .train import TrainArguments, train
 
 # What is switched, as flags of helpers.train; the first run is what the others must equal.
@@ -67,9 +67,8 @@ def changed_bytes(model: nn.Module, config: fsdp2.FSDP2Config) -> dict[str, tupl
     fsdp2.prepare_fsdp2(model, config)
     with torch.no_grad():
         model(input_ids=torch.arange(3, 19, device=device)[None])
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
+    for module in sharded_modules(model):
+        module.unshard()
     found = {}
     for name, module in model.named_modules():
         for part, wanted in expected.get(name, {}).items():

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from .memory import note_outside
+from .sharded_steps import sharded_modules
 
 ALIGNED = 128  # bytes
 
@@ -79,9 +79,8 @@ class Lender:
         Raises:
             RuntimeError: what a rank reads is not what the other one wrote.
         """
-        for module in root.modules():  # generation calls blocks and not the root, and a replay calls neither
-            if isinstance(module, FSDPModule):
-                module.register_forward_pre_hook(self._note_stream, prepend=True)
+        for module in sharded_modules(root):  # generation calls blocks and not the root, and a replay calls neither
+            module.register_forward_pre_hook(self._note_stream, prepend=True)
         mine = _sum(self.memory)
         theirs = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(theirs, mine)  # nobody reads before all have written
