@@ -264,15 +264,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             mine = [row for row in rows if (row["memory"], row["contender"]) == (cap, contender)]
             places = [shapes.index(row["shape"]) + (i - (len(contenders) - 1) / 2) * 0.25 for row in mine]
             bars = axis.bar(places, [row["tokens"] for row in mine], 0.23, label=contender)
-            peaks = [f"\n{float(peak):.1f} GiB" if (peak := row.get("allocated_gib")) else "" for row in mine]
-            said = [f"{row['tokens']:,}" + ("" if row["next_does_not_fit"] else "+") for row in mine]
-            axis.bar_label(bars, [tokens + peak for tokens, peak in zip(said, peaks, strict=True)], fontsize=8)
+            axis.bar_label(bars, map(_said, mine), fontsize=8)
         axis.set(xticks=range(len(shapes)), xticklabels=shapes, ylabel="tokens",
                  title=f"Random weights, batch 1: longest sequence in {CAPS[cap][0]} GiB, {CAPS[cap][1]}")  # fmt: skip
         axis.margins(y=0.15)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(contenders))
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def _said(row: dict[str, Any]) -> str:
+    peak = f"\n{float(row['allocated_gib']):.1f} GiB" if row.get("allocated_gib") else ""
+    return f"{row['tokens']:,}{'' if row['next_does_not_fit'] else '+'}{peak}"
 
 
 def main(argv: list[str] | None = None) -> int:

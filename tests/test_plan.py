@@ -134,52 +134,38 @@ def test_weights_are_counted_exactly(shape):
 ONE, EIGHT = ("shape:llama-3.2-1b", range(200, 1025), 1024, 32), ("shape:llama-3.1-8b", [2048] * 8, 2048, 64)
 
 
-# Peaks of PyTorch's allocator on an H100, in GiB, bfloat16, batch 2 x 4 (figures/trainer_bench.csv).
+OURS = {"loss": "chunked", "compile": True, "checkpointing": True}
+RANK = OURS | {"fsdp2": True, "optimizer": "adamw_8bit"}  # one of two
+
+
+# Peaks of PyTorch's allocator on H100s, in GiB, bfloat16, batch 2 x 4 (figures/trainer_bench.csv, B_bench.csv).
 @pytest.mark.parametrize(
     ("case", "settings", "measured"),
     [
         (ONE, {"loss": "trl", "attention": "stock", "checkpointing": False}, 4.864),
         (ONE, {"loss": "trl", "attention": "stock", "checkpointing": True}, 1.762),
-        (ONE, {"loss": "chunked", "compile": True, "checkpointing": False}, 3.164),
-        (ONE, {"loss": "chunked", "compile": True, "checkpointing": True, "offload": False}, 1.715),
-        (ONE, {"loss": "chunked", "compile": True, "cuda_graphs": True, "checkpointing": True}, 1.596),
+        (ONE, OURS | {"checkpointing": False}, 3.164),
+        (ONE, OURS | {"offload": False}, 1.715),
+        (ONE, OURS | {"cuda_graphs": True}, 1.596),
         (EIGHT, {"loss": "trl", "attention": "stock", "checkpointing": True}, 9.885),
-        (EIGHT, {"loss": "chunked", "compile": True, "checkpointing": True}, 8.81),
-        (EIGHT, {"loss": "chunked", "compile": True, "cuda_graphs": True, "checkpointing": True}, 8.80),
+        (EIGHT, OURS, 8.81),
+        (EIGHT, OURS | {"cuda_graphs": True}, 8.80),
+        (EIGHT, RANK, 5.38),
+        (EIGHT, RANK | {"cuda_graphs": True}, 6.22),
+        (EIGHT, RANK | {"cuda_graphs": True, "optimizer": "adamw_torch"}, 6.68),
+        (EIGHT, RANK | {"cuda_graphs": True, "nf4": "bitsandbytes"}, 6.37),
+        (EIGHT, RANK | {"cuda_graphs": True, "fsdp2_options": "no-peer-reads"}, 6.67),
     ],
 )
 def test_sums_are_within_a_tenth_of_an_h100s(case, settings, measured, monkeypatch):
     monkeypatch.setattr(expected_memory, "capability", lambda: (9, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # which counts under FSDP2 alone
     model, lengths, max_length, rank = case
     config, _, _ = plan.config_of(model)
-    arguments = TrainArguments(
-        dtype="bfloat16", optimizer="adamw_torch", steps=14, batch_size=2, accumulation=4, max_length=max_length,
-        lora_rank=rank, **settings,
-    )  # fmt: skip
-    memory = expected_memory.expected(config, arguments, lengths)
-    assert memory.total / GIB == pytest.approx(measured, rel=0.1)
-
-
-# The same of a rank of two (figures/B_bench.csv).
-@pytest.mark.parametrize(
-    ("settings", "measured"),
-    [
-        ({"optimizer": "adamw_8bit", "cuda_graphs": True}, 6.22),
-        ({"optimizer": "adamw_torch", "cuda_graphs": True}, 6.68),
-        ({"optimizer": "adamw_8bit"}, 5.38),
-        ({"optimizer": "adamw_8bit", "cuda_graphs": True, "nf4": "bitsandbytes"}, 6.37),
-        ({"optimizer": "adamw_8bit", "cuda_graphs": True, "fsdp2_options": "no-peer-reads"}, 6.67),
-    ],
-)
-def test_sums_of_a_rank_are_within_a_tenth_of_an_h100s(settings, measured, monkeypatch):
-    monkeypatch.setattr(expected_memory, "capability", lambda: (9, 0))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    model, lengths, max_length, rank = EIGHT
-    config, _, _ = plan.config_of(model)
-    arguments = TrainArguments(
-        dtype="bfloat16", steps=9, batch_size=2, accumulation=4, max_length=max_length, lora_rank=rank, fsdp2=True,
-        loss="chunked", compile=True, checkpointing=True, **settings,
-    )  # fmt: skip
+    arguments = TrainArguments(**{
+        "dtype": "bfloat16", "optimizer": "adamw_torch", "steps": 14, "batch_size": 2, "accumulation": 4,
+        "max_length": max_length, "lora_rank": rank, **settings,
+    })  # fmt: skip
     memory = expected_memory.expected(config, arguments, lengths)
     assert memory.total / GIB == pytest.approx(measured, rel=0.1)
 
