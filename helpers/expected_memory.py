@@ -178,16 +178,22 @@ def _memory(s: Shapes, args: TrainArguments, width: int, rows: int, length: int)
     if not args.cuda_graphs:  # which are recorded by one thread; else backward has its own
         workspaces *= 2
     work, loss = workspaces + width * s.largest, workspaces + _loss_bytes(s, args, tokens, width)  # a weight, decoded
-    if ranks > 1:  # whole at a time: two layers, or the head
-        options = FSDP2Config.parse(args.fsdp2_options)
-        two_layers = 2 * sum(weights[:2]) // s.layers
-        work += two_layers if options.reshard_after_forward else sum(weights[:2])
+    if ranks > 1:
+        options, layer = FSDP2Config.parse(args.fsdp2_options), sum(weights[:2]) // s.layers
+        in_pieces = args.nf4 != "bitsandbytes" and options.peer_reads is not False and not options.cpu_offload
+        kept = not options.reshard_after_forward
+        gathered = layer * (s.layers if kept else options.prefetch + 1 if in_pieces else 2)
+        if in_pieces:  # of the other ranks' pieces, in buffers that stay (helpers/nf4_pieces.py)
+            gathered = gathered * (ranks - 1) // ranks
+        else:  # beside what NCCL gathers, rank by rank
+            workspaces, work, loss = (size + 2 * layer for size in (workspaces, work, loss))
+        work += gathered
+        if in_pieces or kept:
+            loss += gathered
         if args.compile and options.prefetch:  # the head is gathered beside the last layer's forward
             forward = width * (s.largest + tokens * (2 * s.feed_forward + 7 * s.hidden))
-            loss = max(loss, workspaces + two_layers + forward)
+            loss = max(loss, workspaces + gathered + forward)
         loss += width * s.vocabulary * s.hidden
-        if options.peer_reads is False:  # layers as NCCL gathers them, rank by rank, beside what they are copied to
-            work, loss = work + two_layers, loss + two_layers
         whole = (2 if args.cuda_graphs else 1) * width * s.adapters  # adapters; a recording keeps where they arrive
         summed = (width + 4) * s.adapters + 4 * s.adapters // ranks  # their gradients, at the end of a backward pass
         work, loss = work + whole, max(loss, summed) + whole

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -43,6 +44,7 @@ from .fsdp2_optimizer import step_on_shards, step_without_waiting
 from .gathered import gather_ahead, shard_ends
 from .host_store import HostStore
 from .layer_checkpoint import can_be_halved
+from .nf4_pieces import lay_in_pieces
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
 from .sharded_steps import put_away, sharded_modules
@@ -64,8 +66,8 @@ class FSDP2Config:
     the one that computes. ``compile_blocks``: ``torch.compile`` each decoder block whole (``fullgraph``), with
     ``checkpoint_blocks`` so that its graph recomputes in backward. ``decoder``: ``triton`` or ``bitsandbytes``.
     ``full_checkpoints``: one file that any world size reads, gathered on rank 0, instead of one a rank (which any
-    world size reads too). ``peer_reads``: frozen shards are read where they lie (helpers/peer_reads.py); None:
-    where that is possible.
+    world size reads too). ``peer_reads``: frozen shards are read where they lie (helpers/peer_reads.py), 4-bit ones
+    by the decoder ``triton`` alone (helpers/nf4_pieces.py); None: where that is possible.
     """
 
     param_dtype: torch.dtype | None = None
@@ -130,7 +132,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no decoder blocks (GradientCheckpointingLayer) to shard")
-    use_nf4_tensors(model, dist.get_world_size(), config.decoder)
+    ranks = dist.get_world_size()
+    use_nf4_tensors(model, ranks, config.decoder)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -144,7 +147,11 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     frozen_ends = not any(parameter.requires_grad for module in ends for parameter in module.parameters())
     lender = None
     if config.peer_reads or (config.peer_reads is None and not config.cpu_offload and peer_reads.possible()):
-        lender = _lender(blocks, ends if frozen_ends else [])
+        lender = _lender(blocks if config.decoder == "triton" else [], ends if frozen_ends else [])
+    in_pieces = lender is not None and config.decoder == "triton"
+    if in_pieces:
+        mesh = init_device_mesh(_device().type, (ranks,))
+        lay_in_pieces(blocks, lender, mesh, config.prefetch, not config.reshard_after_forward)
     ignored: set[nn.Parameter] = set()
     if frozen_ends:
         ignored = shard_ends(ends, config.param_dtype, config.cpu_offload, lender)
@@ -154,17 +161,21 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
         for module in ends:
             fully_shard(module, **_policies(module, config))
     # The root takes what trains, also within blocks, and gathers and reduces it once a micro-step: adapters are small,
-    # and their collectives, block by block, would take multiprocessors from the products beside them.
+    # and their collectives, block by block, would take multiprocessors from the products beside them. With 4-bit
+    # weights in pieces it takes the norms too, and blocks are not FSDP2's: its groups gather by collectives alone.
     frozen = {p for block in blocks for p in block.parameters() if not p.requires_grad}
+    if in_pieces:
+        frozen = {p for p in frozen if isinstance(p, DTensor)}
     fully_shard(model, ignored_params=ignored | frozen, **_policies(model, config))
-    for block in blocks:
+    sharded = [] if in_pieces else blocks
+    for block in sharded:
         trained = {p for p in block.parameters() if p.requires_grad}
         again = config.reshard_after_forward and block is not blocks[-1]  # whose backward pass comes at once
         fully_shard(block, reshard_after_forward=again, ignored_params=trained, **_policies(block, config))
-    _prefetch([model, *blocks], config.prefetch)
+    _prefetch([model, *sharded], config.prefetch)
     model.register_forward_hook(_evaluated)
     if lender is not None:
-        lender.lend(model)
+        lender.lend()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the whole weights' memory, of which a shard will never need so much again
     return model
@@ -312,12 +323,7 @@ def _lender(blocks: list[nn.Module], ends: list[nn.Module]) -> peer_reads.Lender
     weights = [p for block in blocks for p in block.parameters() if isinstance(p, NF4Tensor)]
     pieces = [size for weight in weights for size in weight.shard_bytes(ranks)]
     pieces += [peer_reads.rows_of(p.shape[0], ranks) * p[:1].nbytes for p in {p for m in ends for p in m.parameters()}]
-    if not pieces:
-        return None
-    lender = peer_reads.Lender(pieces, _device())
-    for weight in weights:
-        weight.lender = lender
-    return lender
+    return peer_reads.Lender(pieces, _device()) if pieces else None
 
 
 def _device() -> torch.device:

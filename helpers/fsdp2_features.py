@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from . import checkpoints, fsdp2, t4
 from .compile_counter import CompileCounter
 from .gathered import gathered
+from .nf4_pieces import NF4Pieces
 from .nf4_tensor import NF4Linear, unpack
 from .results import write_atomically
 from .sharded_steps import sharded_modules
@@ -72,7 +73,7 @@ def changed_bytes(model: nn.Module, config: fsdp2.FSDP2Config) -> dict[str, tupl
     found = {}
     for name, module in model.named_modules():
         for part, wanted in expected.get(name, {}).items():
-            with gathered(module, device):
+            with contextlib.nullcontext() if isinstance(module, NF4Pieces) else gathered(module, device):
                 got = _parts(module)[part]
             if part == "weight" and config.param_dtype:
                 wanted = wanted.to(config.param_dtype)
@@ -86,7 +87,7 @@ def _parts(module: nn.Module) -> dict[str, torch.Tensor]:
     if not isinstance(module, NF4Linear | Linear4bit):
         return {"weight": module.weight.detach().clone()}
     if isinstance(module, NF4Linear):
-        packed, state = unpack(module.weight)
+        packed, state = unpack(module.whole() if isinstance(module, NF4Pieces) else module.weight)
     else:
         packed, state = module.weight.data, module.weight.quant_state
     parts = {"packed": packed, "absmax": state.absmax, "code": state.code}

@@ -18,8 +18,6 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from .peer_reads import Gathering, Lender
-
 aten = torch.ops.aten
 NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax, fixed in bitsandbytes
 SHARDED = ("packed", "absmax", "absmax2")
@@ -67,8 +65,6 @@ class NF4Tensor(torch.Tensor):
 
     def __init__(self, rows: int, encoding: NF4Encoding, tensors: dict[str, torch.Tensor]):
         self.encoding = encoding
-        self.lender: Lender | None = None  # of memory for shards, which other ranks then read where they lie
-        self.gathering: Gathering | None = None  # of such a shard and the others'
         self.sent: tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]] | None = None
         for name in SHARDED + SHARED:
             setattr(self, name, tensors.get(name))
@@ -113,6 +109,12 @@ class NF4Tensor(torch.Tensor):
         rows = self.shape[0] // shards
         return [rows * self._per_row(name) * t.itemsize for name, t in self._present(SHARDED)]
 
+    def shard(self, rank: int, shards: int, take: Callable[[int, torch.dtype], torch.Tensor]) -> NF4Tensor:
+        """A copy of one of ``shards`` shards, in memory that ``take(numel, dtype)`` gives."""
+        rows = self.shape[0] // shards
+        shard = self._with(rows, lambda name, t: take(rows * self._per_row(name), t.dtype).zero_())
+        return _copy_(shard, self._rows(rank * rows, (rank + 1) * rows))
+
     def _present(self, names: tuple[str, ...] = SHARDED + SHARED) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, value) for name in names if (value := getattr(self, name)) is not None)
 
@@ -122,9 +124,7 @@ class NF4Tensor(torch.Tensor):
     def _with(self, rows: int, change: Any) -> NF4Tensor:
         """A tensor of ``rows`` rows whose sharded inner tensors are ``change(name, tensor)``."""
         tensors = dict(self._present(SHARED)) | {name: change(name, t) for name, t in self._present(SHARDED)}
-        made = NF4Tensor(rows, self.encoding, tensors)
-        made.lender = self.lender
-        return made
+        return NF4Tensor(rows, self.encoding, tensors)
 
     def _rows(self, start: int, end: int) -> NF4Tensor:
         end = min(end, self.shape[0])
@@ -145,8 +145,6 @@ class NF4Tensor(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """This rank's bytes, all as uint8 so that no copy on the way is numeric, and the tensors all ranks share."""
-        if self.lender is not None:
-            return self._read()
         if self.sent is None:  # a frozen shard sends the same every time
             # On one rank FSDP2 copies the first tensor and forgets the others, which are whole as they are.
             sharded = SHARDED if mesh.size() > 1 else ("packed",)
@@ -157,24 +155,18 @@ class NF4Tensor(torch.Tensor):
     # FSDP2 asks for it at every gather, and to read it off the code takes inspect as long as all of the above.
     fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)
 
-    def _read(self):
-        """What `fsdp_pre_all_gather` answers where no collective is needed: all is gathered already."""
-        if self.gathering is None:
-            self.gathering = Gathering(self.lender, dict(self._present(SHARDED)))
-        return (self.lender.token,), dict(self._present(SHARED)) | self.gathering.fill()
-
     def fsdp_post_all_gather(self, outputs, shared, param_dtype, *, out=None):
         """The whole weight over the gathered bytes. FSDP2 reuses their storage, so ``out`` is right already."""
         if out is not None:
             return None
-        if self.gathering is not None:
-            return NF4Tensor(self._rows_of(shared), self.encoding, shared), (self.gathering.memory,)
         names = [name for name, _ in self._present(SHARDED) if name not in shared]
         gathered = {name: t.view(getattr(self, name).dtype) for name, t in zip(names, outputs, strict=True)}
-        return NF4Tensor(self._rows_of(gathered), self.encoding, gathered | shared), ()  # FSDP2 frees the outputs
+        return self.with_tensors(gathered | shared), ()  # FSDP2 frees the outputs
 
-    def _rows_of(self, tensors: dict[str, torch.Tensor]) -> int:
-        return 2 * tensors["packed"].numel() // self.encoding.row
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> NF4Tensor:
+        """A tensor of the same encoding over other inner ``tensors``, by name; those not given are this one's."""
+        rows = 2 * tensors["packed"].numel() // self.encoding.row
+        return NF4Tensor(rows, self.encoding, dict(self._present()) | tensors)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -238,13 +230,7 @@ def _only_rows(dim: int) -> None:
 
 
 def _new_zeros(weight: NF4Tensor, size: Any, dtype=None, layout=None, device=None, pin_memory=None) -> NF4Tensor:
-    def zeros(name: str, t: torch.Tensor) -> torch.Tensor:
-        count = size[0] * weight._per_row(name)
-        return (
-            t.new_zeros(count, device=device) if weight.lender is None else weight.lender.take(count, t.dtype).zero_()
-        )
-
-    return weight._with(size[0], zeros)
+    return weight._with(size[0], lambda name, t: t.new_zeros(size[0] * weight._per_row(name), device=device))
 
 
 def _copy_(target: NF4Tensor, source: NF4Tensor, non_blocking: bool = False) -> NF4Tensor:

@@ -1,9 +1,9 @@
-"""Shards of frozen weights that the other ranks read where they lie: what never changes needs no collective.
+"""Memory of each rank that the others read where it lies: what never changes needs no collective.
 
-FSDP2 has NCCL gather a block's weights into a buffer and copies them from there to their places. NCCL's kernels hold
-multiprocessors, which a matrix product that counts on all of them then waits for, and no rank gets ahead of another.
-Where the GPUs of one machine reach each other's memory, copy engines move each part straight to its place instead, and
-an embedding is not moved at all: its kernel reads the rows it needs. What trains is still FSDP2's and NCCL's.
+NCCL's kernels hold multiprocessors, which a matrix product that counts on all of them then waits for, and no rank gets
+ahead of another. Where the GPUs of one machine reach each other's memory, copy engines move frozen shards instead
+(helpers/nf4_pieces.py), and an embedding is not moved at all: its kernel reads the rows that it needs
+(helpers/gathered.py). What trains is still FSDP2's and NCCL's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .memory import note_outside
-from .sharded_steps import sharded_modules
 
 ALIGNED = 128  # bytes
 
@@ -55,10 +54,8 @@ class Lender:
     """
 
     def __init__(self, pieces: Iterable[int], device: torch.device):
-        self.ranks, self.device, self.taken = dist.get_world_size(), device, 0
+        self.rank, self.ranks, self.device, self.taken = dist.get_rank(), dist.get_world_size(), device, 0
         self.memory, self.everyones = _symmetric(sum(map(_aligned, pieces)), device)
-        self.token = torch.zeros(ALIGNED, dtype=torch.uint8, device=device)  # FSDP2 wants something to gather
-        self.compute: torch.cuda.Stream | None = None
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """The next piece of this rank's memory, [numel]; all ranks take pieces of the same sizes in the same order."""
@@ -67,36 +64,37 @@ class Lender:
         self.taken += _aligned(size)
         return piece
 
+    def place(self, mine: Tensor) -> int:
+        """The byte of this rank's memory at which ``mine``, a piece or a part of one, begins."""
+        return mine.storage_offset() * mine.itemsize - self.memory.storage_offset()
+
     def parts(self, mine: Tensor) -> list[Tensor]:
         """What each rank has where this rank has ``mine``, a piece or a part of one."""
-        start = mine.storage_offset() * mine.itemsize - self.memory.storage_offset()
+        start = self.place(mine)
         return [memory[start : start + mine.nbytes].view(mine.dtype) for memory in self.everyones]
 
-    def lend(self, root: nn.Module) -> None:
-        """All pieces are filled and stay as they are: from now on ranks may read each other's. The sharded modules of
-        ``root`` are called by the stream that computes.
+    def others(self, start: int, end: int) -> list[Tensor]:
+        """Those bytes of every other rank's memory."""
+        return [memory[start:end] for rank, memory in enumerate(self.everyones) if rank != self.rank]
+
+    def lend(self) -> None:
+        """All pieces are filled and stay as they are: from now on ranks may read each other's.
 
         Raises:
             RuntimeError: what a rank reads is not what the other one wrote.
         """
-        for module in sharded_modules(root):  # generation calls blocks and not the root, and a replay calls neither
-            module.register_forward_pre_hook(self._note_stream, prepend=True)
         mine = _sum(self.memory)
         theirs = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(theirs, mine)  # nobody reads before all have written
         for rank, (wanted, memory) in enumerate(zip(theirs, self.everyones, strict=True)):
             if not torch.equal(_sum(memory), wanted):
                 raise RuntimeError(
-                    f"rank {dist.get_rank()} does not read what rank {rank} wrote: give --fsdp2_options no-peer-reads"
+                    f"rank {self.rank} does not read what rank {rank} wrote: give --fsdp2_options no-peer-reads"
                 )
-
-    def _note_stream(self, module: nn.Module, args: tuple) -> None:
-        if self.device.type == "cuda":
-            self.compute = torch.cuda.current_stream()
 
     def copy_aside(self, to: Sequence[Tensor], parts: Sequence[Tensor]) -> Callable[[], None]:
         """Begin to copy ``parts`` beside what the current stream computes; returns how it waits for them."""
-        if self.device.type != "cuda":
+        if not self.copies_aside:
             for a, b in zip(to, parts, strict=True):
                 a.copy_(b)
             return lambda: None
@@ -107,40 +105,15 @@ class Lender:
             arrived = self.stream.record_event()
         return lambda: torch.cuda.current_stream().wait_event(arrived)
 
+    @property
+    def copies_aside(self) -> bool:
+        """Whether there are streams to copy on."""
+        return self.device.type == "cuda"
+
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
-        """Of copies that FSDP2 does not ask for."""
+        """Of all copies."""
         return torch.cuda.Stream()
-
-
-class Gathering:
-    """Where pieces of one weight are gathered with the other ranks', over and over, in memory made anew each time.
-
-    Args:
-        pieces: by name, this rank's.
-    """
-
-    def __init__(self, lender: Lender, pieces: dict[str, Tensor]):
-        self.lender, self.tensors, self.copies, start = lender, {}, [], 0
-        sizes = [lender.ranks * piece.nbytes for piece in pieces.values()]
-        self.memory = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device=lender.device)
-        for (name, piece), size in zip(pieces.items(), sizes, strict=True):
-            self.tensors[name] = whole = self.memory[start : start + size].view(piece.dtype)
-            self.copies += zip(whole.chunk(lender.ranks), lender.parts(piece), strict=True)
-            start += _aligned(size)
-
-    @torch.no_grad()
-    def fill(self) -> dict[str, Tensor]:
-        """The whole of each piece, made on the current stream."""
-        storage = self.memory.untyped_storage()
-        storage.resize_(0)  # what was gathered and never used may lie outside of a recording that now uses it
-        storage.resize_(self.memory.nbytes)
-        if self.lender.compute is not None:  # which may still read what was in this memory before
-            torch.cuda.current_stream().wait_stream(self.lender.compute)
-        with torch.autograd._unsafe_preserve_version_counter(self.memory):  # as FSDP2 fills its buffers
-            for to, part in self.copies:
-                to.copy_(part)
-        return self.tensors
 
 
 def _sum(memory: Tensor) -> Tensor:

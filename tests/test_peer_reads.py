@@ -17,13 +17,18 @@ from test_fsdp2 import GPU_PAYLOADS, PAYLOADS, check_shards, in_ranks, rank_gath
 from test_sharded_steps import close, rank_replays
 from torch import Tensor
 
-from helpers.peer_reads import Gathering, Lender
+from helpers import checkpoints
+from helpers.nf4_pieces import BlocksAhead
+from helpers.peer_reads import Lender
 
 TRAINED = {
-    "compiled": {"compile": True, "checkpointing": True, "accumulation": 2},
+    "compiled": {"compile": True, "checkpointing": True},
     "kept": {"fsdp2_options": "keep-gathered,prefetch=2", "checkpointing": False, "loss": "full"},
+    "deep": {"model": "shape:tiny-deep"},
     "tied": {"model": "shape:tiny", "fsdp2_options": "prefetch=0"},
 }
+TRAINED = {name: {"nf4": "triton", "accumulation": 1, **more} for name, more in TRAINED.items()}  # slow on the CPU
+DEEP = list(range(checkpoints.SHAPES["tiny-deep"]["num_hidden_layers"]))
 NOT_OFFLOADED = [payload for payload in PAYLOADS if not payload.get("cpu_offload")]
 
 
@@ -41,16 +46,18 @@ def mapped(folder: Path) -> Callable:
 
 @contextlib.contextmanager
 def lent(folder: Path) -> Iterator[list[int]]:
-    """Within, shards are read where they lie; how many were, one after the other."""
+    """Within, shards are read where they lie; which blocks' were, one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
-    fill, read = Gathering.fill, []
+    fetch, read = BlocksAhead._fetch, []
 
-    def counted(self: Gathering) -> dict[str, Tensor]:
-        read.append(self.memory.nbytes)
-        return fill(self)
+    def counted(self: BlocksAhead, block: int) -> None:
+        held = dict(self.held)
+        fetch(self, block)
+        if self.held != held:
+            read.append(block)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Gathering, "fill", counted))
+        stack.enter_context(mock.patch.object(BlocksAhead, "_fetch", counted))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch("helpers.peer_reads.possible", lambda: True))
             stack.enter_context(mock.patch("helpers.peer_reads._symmetric", mapped(folder)))
@@ -60,7 +67,7 @@ def lent(folder: Path) -> Iterator[list[int]]:
 def rank_reads(act: Callable, memory: Path, **more) -> dict:
     dist.barrier()  # nobody still has the last run's files
     with lent(memory) as read:
-        return {"found": act(**more), "read": len(read)}
+        return {"found": act(**more), "read": read}
 
 
 def rank_misreads(memory: Path) -> str:
@@ -75,7 +82,7 @@ def rank_misreads(memory: Path) -> str:
     with mock.patch("helpers.peer_reads._symmetric", wrong), pytest.raises(RuntimeError) as error:
         lender = Lender([100], torch.device("cpu"))
         lender.take(100, torch.uint8).fill_(1 + dist.get_rank())
-        lender.lend(torch.nn.Linear(1, 1))
+        lender.lend()
         raise RuntimeError("nothing was found out")
     return str(error.value)
 
@@ -90,7 +97,8 @@ def calls_of(folder: Path, trained: dict[str, dict], payloads: list[dict]) -> di
         options = f"{more.get('fsdp2_options', '')} no-peer-reads"
         calls[name] = (rank_trains, {"folder": folder / f"{name} 2", **more, "fsdp2_options": options})
     for i, more in enumerate(payloads):
-        calls[f"bytes {i}"] = (rank_reads, {"act": rank_gathers, "memory": folder / f"bytes {i}", **more})
+        more = {"act": rank_gathers, "memory": folder / f"bytes {i}", "decoder": "triton", **more}
+        calls[f"bytes {i}"] = (rank_reads, more)
     for shape in ("tiny", "tiny-untied"):
         calls[f"ends {shape}"] = (rank_reads, {"act": rank_reads_ends, "memory": folder / shape, "shape": shape})
     return calls
@@ -101,8 +109,11 @@ def check(ranks: list[dict], trained: dict[str, dict], payloads: list[dict]) -> 
         for key in ("losses", "norms"):
             assert ranks[0][f"{name}, lent"]["found"][key] == ranks[0][name][key], (name, key)
         check_shards([rank[f"{name}, lent"]["found"] for rank in ranks])
-        assert all(rank[f"{name}, lent"]["read"] > 14 for rank in ranks)  # of each weight
-        assert ranks[0][f"{name}, lent"]["found"]["breaks"] == 0
+        blocks = DEEP if name == "deep" else [0, 1]
+        assert all(set(rank[f"{name}, lent"]["read"]) == set(blocks) for rank in ranks)
+        for key in ("breaks", "compiles", "recompiles"):  # one graph for all blocks, read or gathered
+            assert ranks[0][f"{name}, lent"]["found"][key] == ranks[0][name][key], (name, key)
+        assert ranks[0][name]["breaks"] == ranks[0][name]["recompiles"] == 0
     for rank in ranks:
         for i in range(len(payloads)):
             changed = rank[f"bytes {i}"]["found"]
@@ -125,17 +136,13 @@ def test_memory_that_is_not_the_other_ranks_is_found_out_before_training(tmp_pat
 
 
 def rank_replays_reading(folder: Path, **more) -> dict:
-    """Replayed steps whose copies wait, by CUDA's rules, for the stream that computes."""
-
-    def note(lender: Lender, *_) -> None:
-        lender.compute = torch.cuda.current_stream()
-
-    with mock.patch.object(Lender, "_note_stream", note):
+    """Replayed steps, whose copies are on a stream of their own and must fork and join by CUDA's rules."""
+    with mock.patch.object(Lender, "copies_aside", True):
         return rank_reads(rank_replays, folder / "memory", folder=folder, ranks=2, replayed=True, **more)
 
 
 def test_replayed_steps_read_as_others_do(tmp_path):
-    more = {"model": "shape:deep-untied", "checkpointing": True, "accumulation": 2}
+    more = {"model": "shape:deep-untied", "checkpointing": True, "accumulation": 1, "nf4": "triton"}
     first, _ = in_ranks(2, {
         "lent": (rank_replays_reading, {"folder": tmp_path / "lent", **more}),
         "not": (rank_replays, {"folder": tmp_path / "not", "ranks": 2, "replayed": False, **more}),

@@ -183,8 +183,15 @@ def test_ranks_share_what_is_sharded(monkeypatch):
     assert half.saved == whole.saved and half.work > whole.work and half.loss > whole.loss
     offloaded = dataclasses.replace(alone, fsdp2=True, fsdp2_options="offload")
     assert sum(expected_memory.expected(config, offloaded, [2048]).weights) == 0
-    kept = expected_memory.expected(config, dataclasses.replace(offloaded, fsdp2_options="keep-gathered"), [2048])
-    assert kept.work - half.work == sum(whole.weights[:2]) * 30 // 32  # all layers, not two
+
+    def work(options: str) -> int:
+        args = dataclasses.replace(alone, fsdp2=True, fsdp2_options=options)
+        return expected_memory.expected(config, args, [2048]).work
+
+    layer = sum(whole.weights[:2]) // 32
+    assert work("keep-gathered,no-peer-reads") - work("no-peer-reads") == 30 * layer  # all layers, not two
+    assert work("no-peer-reads") - half.work == 2 * layer + layer  # of NCCL's; read where they lie, two halves
+    assert work("prefetch=3") - half.work == layer and work("keep-gathered") - half.work == 15 * layer
 
 
 def test_the_longest_batch_of_a_run_is_expected():
