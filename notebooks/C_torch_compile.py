@@ -444,7 +444,7 @@ if BENCH_STEPS and not host.rehearsing_t4():  # a rehearsal says nothing of spee
     left.bar(names, [row["step_s"] for row in bench], color="lightgrey", label="step")
     left.bar(names, [row["gpu_busy_s"] for row in bench], color="tab:blue", label="GPU busy")
     right.bar(names, [row["allocated_gib"] for row in bench], color="tab:blue")
-    left.set(ylabel="s", title=f"Llama 3.2 1B shape, {host.machine()}")
+    left.set(ylabel="s", title=f"Llama 3.2 1B shape, RANDOM weights\n{host.machine()}")
     right.set(ylabel="GiB", title="Peak allocated")
     left.legend()
     for axis in (left, right):
