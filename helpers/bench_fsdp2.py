@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,13 +36,14 @@ from .turns import take_turn, turn, warm
 WARMUP = 2  # steps that compile and fill the allocator
 CONTEXT_GIB = 1.0  # of a process beside what is capped: CUDA's context, NCCL's buffers
 RUNS = (
-    "2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "2:ours, all gathered by NCCL",
+    "2:ours, 8-bit Adam", "2:unsloth", "1:ours, 8-bit Adam", "1:ours, on the other GPU", "2:ours, all gathered by NCCL",
     "2:ours, bitsandbytes' linear",  # which NCCL gathers for too
 )  # fmt: skip
 FURTHER_RUNS = ("2:ours, launched one by one", "2:ours, float32 AdamW", "2:torch AO's NF4 in ours")
 # Flags of helpers.train that a contender has besides Case's.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, 8-bit Adam": {"cuda_graphs": True},
+    "ours, on the other GPU": {"cuda_graphs": True},  # two cards of a kind differ by some percent
     "ours, all gathered by NCCL": {"cuda_graphs": True, "fsdp2_options": "no-peer-reads"},
     "ours, launched one by one": {},
     "ours, float32 AdamW": {"optimizer": "adamw_torch", "cuda_graphs": True},
@@ -156,7 +158,7 @@ class Bench:
         self.saved = Path(self.scratch.name, "model") if self.case.model.startswith("shape:") else Path(self.case.model)
         if not self.saved.exists() and any(run.endswith(":unsloth") for run in self.waiting + self.further):
             arguments = ["-c", bench_trainer.SAVE, self.case.model.removeprefix("shape:"), str(self.saved)]
-            self.saving = self._job("model", arguments, 0, CUDA_VISIBLE_DEVICES=str(self.last_gpu)).start()
+            self.saving = self._job("model", arguments, 0, [self.last_gpu]).start()
         return self
 
     def finish(self) -> list[dict[str, Any]]:
@@ -178,20 +180,28 @@ class Bench:
     def _next_wave(self) -> bool:
         """Start as many as there are places for; whether there were any left to start."""
         at_once = self.at_once or places(self.case.cap_gib + CONTEXT_GIB, cores=6)
-        wave, self.waiting = self.waiting[:at_once], self.waiting[at_once:]
-        if time.monotonic() < self.until:
-            spare = at_once - len(wave)
-            wave, self.further = wave + self.further[:spare], self.further[spare:]
+        room, wave = Counter(dict.fromkeys(range(self.last_gpu + 1), at_once)), []
+        for runs in (self.waiting, self.further if time.monotonic() < self.until else []):
+            while runs and all(room[gpu] for gpu in self._gpus(runs[0])):
+                room.subtract(self._gpus(runs[0]))
+                wave.append(runs.pop(0))
+            if runs:
+                break  # in their order
         for run in wave:
             self._start(run)
         if self.further and not wave:
             print(f"left out, for want of time: {', '.join(self.further)}")
         return bool(wave)
 
-    def _job(self, name: str, arguments: list[str], ranks: int, **environment: str) -> Job:
+    def _gpus(self, run: str) -> list[int]:
+        if run.endswith(", on the other GPU"):
+            return [self.last_gpu]
+        return list(range(int(run.split(":")[0])))
+
+    def _job(self, name: str, arguments: list[str], ranks: int, gpus: list[int], **environment: str) -> Job:
         # Each process would start a compile worker a processor, of which few would ever have work.
         environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"} | environment
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(ranks or 1)))} | environment
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
         return Job(name, arguments, self.out / "logs", ranks, self.all_s, environment)
 
     def _start(self, run: str) -> None:
@@ -204,7 +214,8 @@ class Bench:
         environment = {}
         if name == "unsloth":  # the padding is part of the case
             environment = {"UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1"} | ({"UNSLOTH_FSDP2": "1"} if ranks else {})
-        job = self._job(run.replace(":", " "), [*self.entry, json.dumps(request)], ranks, **environment).start()
+        arguments = [*self.entry, json.dumps(request)]
+        job = self._job(run.replace(":", " "), arguments, ranks, self._gpus(run), **environment).start()
         if name == "unsloth" and self.saving and self.saving.failure:
             job.stop(f"its weights could not be saved: {self.saving.failure}")
         self.running[run] = job, folder, time.monotonic() + self.limit_s

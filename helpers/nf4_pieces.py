@@ -9,80 +9,121 @@ not copied at all. FSDP2 would gather by collectives, and copy from its buffer t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.library import custom_op
-from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from .nf4 import dequantize_nf4
+from .nf4_kernel import dequantize_kernel, launch_grid, launch_options
 from .nf4_tensor import NESTED_BLOCKSIZE, SHARDED, NF4Encoding, NF4Linear, NF4Tensor
 from .peer_reads import Lender
 
 
+@triton.jit(do_not_specialize=["n_elements", "block_shift", "pieces", "programs"])
+def pieces_kernel(
+    places_ptr,  # [3 x pieces] int64: addresses of packed, absmax, absmax2, as if each piece were the whole weight
+    code2_ptr,
+    offset_ptr,
+    out_ptr,
+    n_elements,
+    pieces,
+    programs,  # that a piece takes
+    block_shift,
+    GROUP: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    NESTED: tl.constexpr,
+    FP4: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ASM: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+    HINTS: tl.constexpr,
+):
+    """`dequantize_kernel`, each of whose programs finds its piece first."""
+    place = places_ptr + tl.program_id(0) // programs
+    packed = tl.multiple_of(tl.load(place).to(tl.pointer_type(tl.uint8)), 16)
+    absmax = tl.load(place + pieces).to(tl.pointer_type(tl.uint8 if NESTED else tl.float32))
+    absmax2 = tl.load(place + 2 * pieces).to(tl.pointer_type(tl.float32))
+    dequantize_kernel(
+        packed, absmax, code2_ptr, absmax2, offset_ptr, out_ptr, n_elements, block_shift, GROUP, BLOCKSIZE2, NESTED,
+        FP4, GROUPS, UNIT, EVEN, ASM, ROUND_BF16, HINTS,
+    )  # fmt: skip
+
+
+def places_of(packed: Sequence[Tensor], absmax: Sequence[Tensor], absmax2: Sequence[Tensor] | None) -> Tensor:
+    """What `decode_pieces` takes of pieces that follow each other: int64 [3 x pieces], addresses. It keeps nothing
+    alive."""
+    kinds = (packed, absmax, absmax2 or absmax)
+    starts = [piece.data_ptr() - i * piece.nbytes for kind in kinds for i, piece in enumerate(kind)]
+    return torch.tensor(starts, dtype=torch.int64, device=packed[0].device)
+
+
 @custom_op("qlora::decode_pieces", mutates_args=())
 def decode_pieces(
-    packed: list[Tensor],
-    absmax: list[Tensor],
-    absmax2: list[Tensor],
+    places: Tensor,
     code2: Tensor | None,
     offset: Tensor | None,
     shape: list[int],
     blocksize: int,
+    piece: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight of ``shape``, decoded in one launch a piece: `dequantize_nf4` of their concatenation.
+    """The weight of ``shape`` in one launch: `dequantize_nf4` of its pieces put together.
 
     Args:
-        packed: of each rank, uint8 [bytes], all equally long; those of the last may go beyond the weight's end.
-        absmax, absmax2, code2, offset: as in bitsandbytes' QuantState, the first two a piece; the others are empty or
-            None without double quantisation.
+        places: of the pieces, `places_of`.
+        code2, offset: as in bitsandbytes' QuantState; None without double quantisation.
+        piece: elements of each, whole double-quantisation blocks; the last may have fewer, or none.
     """
-    weight = torch.empty(shape, dtype=dtype, device=packed[0].device)
-    for i, part in enumerate(weight.view(-1).split(2 * packed[0].numel())):
-        state2 = None
-        if absmax2:
-            state2 = QuantState(absmax2[i], code=code2, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
-        state = QuantState(absmax[i], part.shape, None, blocksize, "nf4", dtype, offset, state2)
-        dequantize_nf4(packed[i].unsqueeze(1), state, out=part)
+    weight = torch.empty(shape, dtype=dtype, device=places.device)
+    nested = code2 is not None
+    capability = torch.cuda.get_device_capability(places.device) if places.is_cuda else (0, 0)
+    options = launch_options(n := weight.numel(), dtype, capability, blocksize, NESTED_BLOCKSIZE if nested else None)
+    # No program has two pieces' elements; on a GPU none would in any case.
+    options["GROUPS"] = math.gcd(options["GROUPS"], piece // options["GROUP"])
+    options["EVEN"] = n % (options["GROUPS"] * options["GROUP"]) == 0
+    programs = piece // (options["GROUPS"] * options["GROUP"])
+    tables = (code2, offset) if nested else (places, places)  # not read
+    pieces = places.numel() // 3
+    pieces_kernel[launch_grid(n, options)](places, *tables, weight, n, pieces, programs, **options)
     return weight
 
 
 @decode_pieces.register_fake
-def _(packed, absmax, absmax2, code2, offset, shape, blocksize, dtype):
-    return torch.empty(shape, dtype=dtype, device=packed[0].device)
+def _(places, code2, offset, shape, blocksize, piece, dtype):
+    return torch.empty(shape, dtype=dtype, device=places.device)
 
 
 class _Linear(torch.autograd.Function):
-    """As `helpers.nf4_linear`'s; ``pieces``: the lists that `decode_pieces` takes one after the other, and the rest."""
+    """As `helpers.nf4_linear`'s; ``places``, ``code2``, ``offset`` and ``piece`` are `decode_pieces`'s."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, encoding: NF4Encoding, ranks: int, *pieces: Tensor) -> Tensor:
-        ctx.save_for_backward(*pieces)
-        ctx.encoding, ctx.ranks = encoding, ranks
-        return F.linear(x, _decoded(encoding, ranks, pieces, x.dtype), bias)
+    def forward(ctx, x, bias, places, code2, offset, encoding: NF4Encoding, piece: int) -> Tensor:
+        ctx.save_for_backward(places, code2, offset)
+        ctx.encoding, ctx.piece = encoding, piece
+        return F.linear(x, _decoded(places, code2, offset, encoding, piece, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        pieces = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _decoded(ctx.encoding, ctx.ranks, pieces, grad.dtype)
+            grad_x = grad @ _decoded(*ctx.saved_tensors, ctx.encoding, ctx.piece, grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_bias, None, None, *[None] * len(pieces)
+        return grad_x, grad_bias, *[None] * 5
 
 
-def _decoded(encoding: NF4Encoding, ranks: int, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    packed, absmax, absmax2 = (list(pieces[i * ranks : (i + 1) * ranks]) for i in range(3))
-    code2, offset = pieces[3 * ranks :] or (None, None)  # absmax2 is empty then too
-    return decode_pieces(packed, absmax, absmax2, code2, offset, list(encoding.shape), encoding.blocksize, dtype)
+def _decoded(places, code2, offset, encoding: NF4Encoding, piece: int, dtype: torch.dtype) -> Tensor:
+    return decode_pieces(places, code2, offset, list(encoding.shape), encoding.blocksize, piece, dtype)
 
 
 class NF4Pieces(NF4Linear):
@@ -95,30 +136,31 @@ class NF4Pieces(NF4Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.compute_dtype, self.decoder, self.bias = linear.compute_dtype, linear.decoder, linear.bias
-        self.encoding, self.ranks = linear.weight.encoding, lender.ranks
+        self.encoding = linear.weight.encoding
         mine = linear.weight.shard(lender.rank, lender.ranks, lender.take)
         self.weight = nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False), requires_grad=False)
-        self.pieces: tuple[Tensor, ...] = ()
+        self.code2, self.offset, self.piece = mine.code2, mine.offset, 2 * mine.packed.numel()
         self.decoded: Tensor | None = None  # by `decode`, where a caller uses it over and over
 
     def find(self, places: Callable[[Tensor], list[Tensor]], need: Callable[[], None]) -> None:
         """Read the weight at ``places(part)``, of every rank, for each tensor that this rank's piece consists of; they
         are right after ``need()``."""
-        self.need = need
         mine = self.weight.to_local()
-        parts = [part for name in SHARDED if (part := getattr(mine, name)) is not None]
-        found = [_apart(place) for part in parts for place in places(part)]
-        self.pieces = *found, *(() if mine.absmax2 is None else (mine.code2, mine.offset))
+        self.pieces = {name: places(part) for name in SHARDED if (part := getattr(mine, name)) is not None}
+        self.places, self.need = places_of(*(self.pieces.get(name) for name in SHARDED)), need
 
     def forward(self, x: Tensor) -> Tensor:
         inner = x.to(self._dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(inner.dtype)
         if self.decoded is not None:
             return F.linear(inner, self.decoded, bias).to(x.dtype)
-        return _Linear.apply(inner, bias, self.encoding, self.ranks, *self.pieces).to(x.dtype)
+        return _Linear.apply(inner, bias, *self._whole_weight()).to(x.dtype)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        return _decoded(self.encoding, self.ranks, self.pieces, self._dtype(self.pieces[0].device.type))
+        return _decoded(*self._whole_weight(), self._dtype(self.places.device.type))
+
+    def _whole_weight(self) -> tuple:
+        return self.places, self.code2, self.offset, self.encoding, self.piece
 
     def _dtype(self, kind: str) -> torch.dtype:
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
@@ -127,16 +169,7 @@ class NF4Pieces(NF4Linear):
     def whole(self) -> NF4Tensor:
         """The weight put together, for whoever compares it with the loaded one."""
         self.need()
-        mine, ranks = self.weight.to_local(), self.ranks
-        names = [name for name in SHARDED if getattr(mine, name) is not None]
-        whole = {name: torch.cat(self.pieces[i * ranks : (i + 1) * ranks]) for i, name in enumerate(names)}
-        return mine.with_tensors(whole)
-
-
-def _apart(x: Tensor) -> Tensor:
-    """``x``'s own memory as a view of no other tensor: what is copied there later is no change to autograd, and
-    torch.compile has nothing more to guard."""
-    return from_dlpack(to_dlpack(x))
+        return self.weight.to_local().with_tensors({name: torch.cat(pieces) for name, pieces in self.pieces.items()})
 
 
 class BlocksAhead:
