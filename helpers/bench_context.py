@@ -266,7 +266,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             bars = axis.bar(places, [row["tokens"] for row in mine], 0.23, label=contender)
             axis.bar_label(bars, map(_said, mine), fontsize=8)
         axis.set(xticks=range(len(shapes)), xticklabels=shapes, ylabel="tokens",
-                 title=f"Random weights, batch 1: longest sequence in {CAPS[cap][0]} GiB, {CAPS[cap][1]}")  # fmt: skip
+                 title=f"RANDOM weights, batch 1: longest sequence\nin {CAPS[cap][0]} GiB, {CAPS[cap][1]}")  # fmt: skip
         axis.margins(y=0.15)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(contenders))
     fig.savefig(path, dpi=150)
