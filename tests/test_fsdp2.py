@@ -196,11 +196,11 @@ def rank_reads_ends(shape: str) -> dict:
     return {"difference": float((got - wanted).abs().max()), "rows": rows, "tied": ends[0] is ends[1]}
 
 
-def rank_evaluates() -> dict:
+def rank_evaluates(decoder: str = "bitsandbytes") -> dict:
     """Logits before and after the adapters change, with a generation between, and the adapters gathered after that."""
     model = _model("tiny-untied", "uint8", "random", True).eval()
     ids = torch.arange(3, 19, device=model.device)[None]
-    fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config(param_dtype=torch.bfloat16))
+    fsdp2.prepare_fsdp2(model, fsdp2.FSDP2Config(param_dtype=torch.bfloat16, decoder=decoder))
     register_fsdp_forward_method(model, "generate")
     with torch.no_grad():
         first = model(input_ids=ids).logits

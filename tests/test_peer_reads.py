@@ -13,7 +13,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from test_fsdp2 import GPU_PAYLOADS, PAYLOADS, check_shards, in_ranks, rank_gathers, rank_reads_ends, rank_trains
+from test_fsdp2 import (
+    GPU_PAYLOADS,
+    PAYLOADS,
+    check_shards,
+    in_ranks,
+    rank_evaluates,
+    rank_gathers,
+    rank_reads_ends,
+    rank_trains,
+)
 from test_sharded_steps import close, rank_replays
 from torch import Tensor
 
@@ -99,6 +108,7 @@ def calls_of(folder: Path, trained: dict[str, dict], payloads: list[dict]) -> di
     for i, more in enumerate(payloads):
         more = {"act": rank_gathers, "memory": folder / f"bytes {i}", "decoder": "triton", **more}
         calls[f"bytes {i}"] = (rank_reads, more)
+    calls["evaluated"] = (rank_reads, {"act": rank_evaluates, "memory": folder / "evaluated", "decoder": "triton"})
     for shape in ("tiny", "tiny-untied"):
         calls[f"ends {shape}"] = (rank_reads, {"act": rank_reads_ends, "memory": folder / shape, "shape": shape})
     return calls
@@ -119,6 +129,8 @@ def check(ranks: list[dict], trained: dict[str, dict], payloads: list[dict]) -> 
             changed = rank[f"bytes {i}"]["found"]
             assert len(changed) > 60 and not any(n for n, _ in changed.values())
             assert rank[f"bytes {i}"]["read"]
+        assert rank["evaluated"]["read"] == [0, 1] * 4  # two forward passes, and two tokens
+        assert rank["evaluated"]["found"]["moved"] > 0.1
         for shape in ("tiny", "tiny-untied"):
             assert rank[f"ends {shape}"]["found"]["difference"] < 1e-5
 
