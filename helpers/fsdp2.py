@@ -44,7 +44,7 @@ from .fsdp2_optimizer import step_on_shards, step_without_waiting
 from .gathered import gather_ahead, shard_ends
 from .host_store import HostStore
 from .layer_checkpoint import can_be_halved
-from .nf4_pieces import lay_in_pieces
+from .nf4_pieces import NF4Pieces, lay_in_pieces
 from .nf4_tensor import NF4Tensor, use_nf4_tensors
 from .ranks import launch, main_process, one_rank_at_a_time, start_ranks, stop_ranks
 from .sharded_steps import put_away, sharded_modules
@@ -289,7 +289,9 @@ def active_parts(model: nn.Module) -> list[str]:
     if not isinstance(model, FSDPModule):
         return []
     held = sum(frozen_bytes(model).values())
-    return [f"FSDP2 over {dist.get_world_size()} ranks, {held / 1024**3:.2f} GiB of frozen weights on each"]
+    in_pieces = any(isinstance(module, NF4Pieces) for module in model.modules())
+    how = "4-bit pieces read where they lie" if in_pieces else "gathered by collectives"
+    return [f"FSDP2 over {dist.get_world_size()} ranks, {held / 1024**3:.2f} GiB of frozen weights on each, {how}"]
 
 
 def _policies(module: nn.Module, config: FSDP2Config) -> dict[str, Any]:

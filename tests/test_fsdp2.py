@@ -211,6 +211,7 @@ def rank_evaluates(decoder: str = "bitsandbytes") -> dict:
         model.generate(input_ids=ids, max_new_tokens=2)
     return {
         "moved": float((second - first).abs().max()),
+        "parts": fsdp2.active_parts(model),
         "saved": {str(tensor.dtype) for tensor in fsdp2.gather_trainable(model).values()},
     }
 
@@ -484,6 +485,7 @@ def test_blocks_compile_to_one_graph_without_breaks(two):
 
 def test_an_evaluation_leaves_nothing_gathered(two):
     assert min(rank["evaluated"]["moved"] for rank in two) > 0.1, "evaluated with adapters of before"
+    assert two[0]["evaluated"]["parts"][0].endswith("on each, gathered by collectives")
     assert two[0]["evaluated"]["saved"] == {"torch.float32"}, "saved what was gathered"
 
 

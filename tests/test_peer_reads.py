@@ -131,6 +131,7 @@ def check(ranks: list[dict], trained: dict[str, dict], payloads: list[dict]) -> 
             assert rank[f"bytes {i}"]["read"]
         assert rank["evaluated"]["read"] == [0, 1] * 4  # two forward passes, and two tokens
         assert rank["evaluated"]["found"]["moved"] > 0.1
+        assert rank["evaluated"]["found"]["parts"][0].endswith("on each, 4-bit pieces read where they lie")
         for shape in ("tiny", "tiny-untied"):
             assert rank[f"ends {shape}"]["found"]["difference"] < 1e-5
 
