@@ -80,6 +80,10 @@ class FSDP2Config:
     full_checkpoints: bool = False
     peer_reads: bool | None = None
 
+    def __post_init__(self):
+        if self.peer_reads and self.cpu_offload:
+            raise ValueError("cpu_offload keeps shards in host memory, which peer_reads cannot read: leave one out")
+
     @classmethod
     def parse(cls, options: str, **fields: Any) -> FSDP2Config:
         """From words as in ``"offload,keep-gathered,prefetch=2,full-checkpoints"`` and further fields.

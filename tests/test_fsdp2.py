@@ -566,6 +566,8 @@ def test_launcher_tells_which_rank_failed_and_why(tmp_path, script, said):
 
 
 def test_refusals_before_anything_starts(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="cpu_offload keeps shards in host memory"):
+        fsdp2.FSDP2Config(cpu_offload=True, peer_reads=True)
     with pytest.raises(ValueError, match="start with torchrun --nproc_per_node"):
         train(arguments(tmp_path / "out", 2))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
