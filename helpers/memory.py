@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,8 +46,13 @@ _recorded = 0  # bytes that the recordings hold
 _outside = 0  # bytes that PyTorch's allocator does not count
 
 
-def note_outside(size: int) -> None:
-    """Count ``size`` bytes that this process holds beside what PyTorch allocates, until it ends."""
+def note_outside(size: int, owner: Any) -> None:
+    """Count ``size`` bytes that ``owner`` holds beside what PyTorch allocates, until it is gone."""
+    _count_outside(size)
+    weakref.finalize(owner, _count_outside, -size)
+
+
+def _count_outside(size: int) -> None:
     global _outside
     _outside += size
 

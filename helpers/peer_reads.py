@@ -55,7 +55,9 @@ class Lender:
 
     def __init__(self, pieces: Iterable[int], device: torch.device):
         self.rank, self.ranks, self.device, self.taken = dist.get_rank(), dist.get_world_size(), device, 0
-        self.memory, self.everyones = _symmetric(sum(map(_aligned, pieces)), device)
+        size, before = sum(map(_aligned, pieces)), torch.cuda.memory_allocated()
+        self.memory, self.everyones = _symmetric(size, device)
+        note_outside(max(size - (torch.cuda.memory_allocated() - before), 0), self)  # PyTorch's books, in some versions
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """The next piece of this rank's memory, [numel]; all ranks take pieces of the same sizes in the same order."""
@@ -135,9 +137,7 @@ def _symmetric(size: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """``size`` bytes of this rank, and those of each rank as this one sees them."""
     from torch.distributed import _symmetric_memory as symmetric  # has no public name yet
 
-    before = torch.cuda.memory_allocated()
     memory = symmetric.empty(size, dtype=torch.uint8, device=device)
-    note_outside(max(size - (torch.cuda.memory_allocated() - before), 0))  # of PyTorch's books, in some versions
     handle = symmetric.rendezvous(memory, dist.group.WORLD)
     everyones = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(dist.get_world_size())]
     memory.handle = handle  # lives as long

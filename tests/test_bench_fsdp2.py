@@ -114,3 +114,14 @@ def test_memory_over_time_counts_what_recordings_hold(monkeypatch):
     while not timeline.rows:
         pass
     assert timeline.rows[0]["allocated_gib"] == 3
+
+
+def test_memory_beside_pytorchs_counts_as_long_as_somebody_holds_it():
+    class Holder:
+        pass
+
+    before, holder = memory.uncounted(), Holder()
+    memory.note_outside(memory.GIB, holder)
+    assert memory.uncounted() == before + memory.GIB
+    del holder
+    assert memory.uncounted() == before

@@ -6,6 +6,7 @@ On the CPU a rank's memory is a file that all ranks map; on GPUs it is symmetric
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -76,7 +77,9 @@ def lent(folder: Path) -> Iterator[list[int]]:
 def rank_reads(act: Callable, memory: Path, **more) -> dict:
     dist.barrier()  # nobody still has the last run's files
     with lent(memory) as read:
-        return {"found": act(**more), "read": read}
+        found = act(**more)
+    gc.collect()
+    return {"found": found, "read": read, "lent": sum(isinstance(x, Lender) for x in gc.get_objects())}
 
 
 def rank_misreads(memory: Path) -> str:
@@ -120,6 +123,7 @@ def check(ranks: list[dict], trained: dict[str, dict], payloads: list[dict]) -> 
             assert ranks[0][f"{name}, lent"]["found"][key] == ranks[0][name][key], (name, key)
         check_shards([rank[f"{name}, lent"]["found"] for rank in ranks])
         blocks = DEEP if name == "deep" else [0, 1]
+        assert not any(rank[f"{name}, lent"]["lent"] for rank in ranks), "memory is held that nobody reads any more"
         assert all(set(rank[f"{name}, lent"]["read"]) == set(blocks) for rank in ranks)
         for key in ("breaks", "compiles", "recompiles"):  # one graph for all blocks, read or gathered
             assert ranks[0][f"{name}, lent"]["found"][key] == ranks[0][name][key], (name, key)
