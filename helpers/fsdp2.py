@@ -149,16 +149,17 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = [module for module in (embedding, head) if module is not None]
     frozen_ends = not any(parameter.requires_grad for module in ends for parameter in module.parameters())
-    lender = None
+    lender, ignored = None, set()
+    sharded = blocks  # by FSDP2
     if config.peer_reads or (config.peer_reads is None and not config.cpu_offload and peer_reads.possible()):
-        lender = _lender(blocks if config.decoder == "triton" else [], ends if frozen_ends else [])
-    in_pieces = lender is not None and config.decoder == "triton"
-    if in_pieces:
-        mesh = init_device_mesh(_device().type, (ranks,))
-        lay_in_pieces(blocks, lender, mesh, config.prefetch, not config.reshard_after_forward)
-    ignored: set[nn.Parameter] = set()
+        pieced = blocks if config.decoder == "triton" and _all_in_4_bits(blocks) else []
+        lender = _lender(pieced, ends if frozen_ends else [])
+        if pieced:
+            mesh = init_device_mesh(_device().type, (ranks,))
+            ignored |= lay_in_pieces(pieced, lender, mesh, config.prefetch, not config.reshard_after_forward)
+            sharded = []
     if frozen_ends:
-        ignored = shard_ends(ends, config.param_dtype, config.cpu_offload, lender)
+        ignored |= shard_ends(ends, config.param_dtype, config.cpu_offload, lender)
         if head is not None and config.compile_blocks and config.prefetch:  # compiled, the loss reads it itself
             blocks[-1].register_forward_pre_hook(functools.partial(_gather_ahead, head))
     elif head is None or head.weight is not embedding.weight:
@@ -167,11 +168,8 @@ def prepare_fsdp2(model: nn.Module, config: FSDP2Config, store: HostStore | None
     # The root takes what trains, also within blocks, and gathers and reduces it once a micro-step: adapters are small,
     # and their collectives, block by block, would take multiprocessors from the products beside them. With 4-bit
     # weights in pieces it takes the norms too, and blocks are not FSDP2's: its groups gather by collectives alone.
-    frozen = {p for block in blocks for p in block.parameters() if not p.requires_grad}
-    if in_pieces:
-        frozen = {p for p in frozen if isinstance(p, DTensor)}
+    frozen = {p for block in sharded for p in block.parameters() if not p.requires_grad}
     fully_shard(model, ignored_params=ignored | frozen, **_policies(model, config))
-    sharded = [] if in_pieces else blocks
     for block in sharded:
         trained = {p for p in block.parameters() if p.requires_grad}
         again = config.reshard_after_forward and block is not blocks[-1]  # whose backward pass comes at once
@@ -330,6 +328,12 @@ def _lender(blocks: list[nn.Module], ends: list[nn.Module]) -> peer_reads.Lender
     pieces = [size for weight in weights for size in weight.shard_bytes(ranks)]
     pieces += [peer_reads.rows_of(p.shape[0], ranks) * p[:1].nbytes for p in {p for m in ends for p in m.parameters()}]
     return peer_reads.Lender(pieces, _device()) if pieces else None
+
+
+def _all_in_4_bits(blocks: list[nn.Module]) -> bool:
+    """Whether every frozen matrix of ``blocks`` is: others would stay with the root, whole for a step."""
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim > 1 and not p.requires_grad]
+    return bool(matrices) and all(isinstance(p, NF4Tensor) for p in matrices)
 
 
 def _device() -> torch.device:

@@ -73,7 +73,7 @@ def changed_bytes(model: nn.Module, config: fsdp2.FSDP2Config) -> dict[str, tupl
     found = {}
     for name, module in model.named_modules():
         for part, wanted in expected.get(name, {}).items():
-            with contextlib.nullcontext() if isinstance(module, NF4Pieces) else gathered(module, device):
+            with gathered(module, device):
                 got = _parts(module)[part]
             if part == "weight" and config.param_dtype:
                 wanted = wanted.to(config.param_dtype)

@@ -92,7 +92,7 @@ def gather_ahead(module: nn.Module, device: torch.device) -> None:
     module._gathering = {
         name: _begin_copies(module, name, p) if module._lender else _begin_collective(module, p, device)
         for name, p in module.named_parameters(recurse=False)
-        if isinstance(p, DTensor)
+        if isinstance(p, DTensor) and name in vars(module).get("_parts", ())  # not another's shard
     }
 
 

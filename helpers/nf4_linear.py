@@ -78,9 +78,12 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
 
 def decoded_weight(weight: torch.Tensor, quant_state, compute_dtype: torch.dtype) -> torch.Tensor:
     """[out_features, in_features] in autocast's dtype, or else in ``compute_dtype``: for `nf4_linear`'s ``decoded``."""
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else compute_dtype
-    return dequantize_nf4(_packed(weight), quant_state, dtype=dtype)
+    return dequantize_nf4(_packed(weight), quant_state, dtype=autocast_dtype(weight.device.type, compute_dtype))
+
+
+def autocast_dtype(kind: str, otherwise: torch.dtype) -> torch.dtype:
+    """What autocast computes in on devices of ``kind``, where it is on."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
 
 
 def _decode(module: Linear4bit, dtype: torch.dtype) -> torch.Tensor:

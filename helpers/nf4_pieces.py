@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.library import custom_op
 
 from .nf4_kernel import dequantize_kernel, launch_grid, launch_options
+from .nf4_linear import autocast_dtype
 from .nf4_tensor import NESTED_BLOCKSIZE, SHARDED, NF4Encoding, NF4Linear, NF4Tensor
 from .peer_reads import Lender
 
@@ -150,20 +151,17 @@ class NF4Pieces(NF4Linear):
         self.places, self.need = places_of(*(self.pieces.get(name) for name in SHARDED)), need
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = x.to(self._dtype(x.device.type))
+        inner = x.to(autocast_dtype(x.device.type, self.compute_dtype))
         bias = None if self.bias is None else self.bias.to(inner.dtype)
         if self.decoded is not None:
             return F.linear(inner, self.decoded, bias).to(x.dtype)
         return _Linear.apply(inner, bias, *self._whole_weight()).to(x.dtype)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        return _decoded(*self._whole_weight(), self._dtype(self.places.device.type))
+        return _decoded(*self._whole_weight(), autocast_dtype(self.places.device.type, self.compute_dtype))
 
     def _whole_weight(self) -> tuple:
         return self.places, self.code2, self.offset, self.encoding, self.piece
-
-    def _dtype(self, kind: str) -> torch.dtype:
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
 
     @torch.no_grad()
     def whole(self) -> NF4Tensor:
@@ -237,9 +235,11 @@ class BlocksAhead:
             self.arriving[block] = self.lender.copy_aside([to[: end - start] for to in self.memory[slot]], others)
 
 
-def lay_in_pieces(blocks: Sequence[nn.Module], lender: Lender, mesh: DeviceMesh, ahead: int, keep: bool) -> None:
-    """Replace every `NF4Linear` of ``blocks`` by `NF4Pieces`, in place, a weight at a time. ``ahead``, ``keep``: as
-    `BlocksAhead`'s."""
+def lay_in_pieces(
+    blocks: Sequence[nn.Module], lender: Lender, mesh: DeviceMesh, ahead: int, keep: bool
+) -> set[nn.Parameter]:
+    """Replace every `NF4Linear` of ``blocks`` by `NF4Pieces`, in place, a weight at a time; what FSDP2 must ignore.
+    ``ahead``, ``keep``: as `BlocksAhead`'s."""
     runs, layers = [], []
     for i, block in enumerate(blocks):
         start = lender.taken
@@ -252,3 +252,4 @@ def lay_in_pieces(blocks: Sequence[nn.Module], lender: Lender, mesh: DeviceMesh,
     for i, layer in layers:
         layer.find(functools.partial(brought.places, i), functools.partial(brought.need, i))
     brought.attach(blocks)
+    return {layer.weight for _, layer in layers}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import fsdp2
 from helpers.nf4 import dequantize_nf4
 from helpers.nf4_pieces import NF4Pieces, decode_pieces, places_of
 from helpers.nf4_tensor import SHARDED, NF4Linear, unpack
@@ -47,6 +48,15 @@ def test_pieces_decode_to_the_whole_weights_bits(shape, shards, nested, dtype):
     layer = in_pieces(linear, shards)
     got = decode_pieces(*layer._whole_weight()[:3], list(shape), 64, layer.piece, dtype)
     assert torch.equal(got, dequantize_nf4(*unpack(linear.weight), dtype=dtype))
+
+
+def test_blocks_with_other_frozen_matrices_are_left_to_fsdp2():
+    quantised = nn.ModuleList([whole_linear((128, 128), 2), nn.LayerNorm(128).requires_grad_(False)])
+    assert fsdp2._all_in_4_bits([quantised])
+    plain = nn.Linear(4, 4)
+    assert fsdp2._all_in_4_bits([quantised, plain]), "it is trained"
+    assert not fsdp2._all_in_4_bits([quantised, plain.requires_grad_(False)])
+    assert not fsdp2._all_in_4_bits([nn.LayerNorm(128).requires_grad_(False)])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
