@@ -31,7 +31,7 @@ from typing import Any
 from .bench_fsdp2 import CONTEXT_GIB
 from .bench_trainer import SAVE, Case, ours, unsloth
 from .memory import GIB
-from .ranks import places
+from .ranks import places, visible_gpus
 from .results import read_rows, write_rows
 
 CONTENDERS = ("stock", "unsloth", "ours")
@@ -223,7 +223,7 @@ def bench(
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for cap in caps:
             gpus: queue.Queue[str] = queue.Queue()
-            for gpu in _gpus() * places(CAPS[cap][0] + CONTEXT_GIB, cores=4):
+            for gpu in visible_gpus() * places(CAPS[cap][0] + CONTEXT_GIB, cores=4):
                 gpus.put(gpu)
             with ThreadPoolExecutor(gpus.qsize()) as pool:
                 searches = [pool.submit(search, *key, scratch, gpus) for key in order if key[0] == cap]
@@ -239,14 +239,6 @@ def _read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     for row in rows:
         row["tokens"], row["next_does_not_fit"] = int(row["tokens"]), row["next_does_not_fit"] == "True"
     return {(row["memory"], row["shape"], row["contender"]): row for row in rows}
-
-
-def _gpus() -> list[str]:
-    """What names each GPU of this process in CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(gpu) for gpu in range(max(torch.cuda.device_count(), 1))]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

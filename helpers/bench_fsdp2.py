@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_trainer
+from .clocks import watched
 from .memory import GIB
-from .ranks import Job, places, wait_for
+from .ranks import Job, places, visible_gpus, wait_for
 from .results import write_rows
 from .turns import take_turn, turn, warm
 
@@ -198,10 +199,14 @@ class Bench:
             return [self.last_gpu]
         return list(range(int(run.split(":")[0])))
 
+    def _named(self, gpus: list[int]) -> list[str]:
+        names = visible_gpus()
+        return [names[gpu] for gpu in gpus if gpu < len(names)]
+
     def _job(self, name: str, arguments: list[str], ranks: int, gpus: list[int], **environment: str) -> Job:
         # Each process would start a compile worker a processor, of which few would ever have work.
         environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"} | environment
-        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(self._named(gpus))}
         return Job(name, arguments, self.out / "logs", ranks, self.all_s, environment)
 
     def _start(self, run: str) -> None:
@@ -222,14 +227,15 @@ class Bench:
 
     def _take_turn(self, run: str) -> None:
         job, folder, _ = self.running[run]
-        found = take_turn(job, folder, self.limit_s / 3)
+        with watched(self._named(self._gpus(run))) as clocks:
+            found = take_turn(job, folder, self.limit_s / 3)
         del self.running[run]
         gpus, name = run.split(":", 1)
         row: dict[str, Any] = {"gpus": int(gpus), "contender": name, "error": job.failure}
         if not job.failure:
             for rank, each in enumerate(found):
                 write_rows(each.pop("memory"), self.out / f"{job.name}, memory of GPU {rank}.csv")
-            row |= _row(self.case, int(gpus), found)
+            row |= _row(self.case, int(gpus), found) | clocks
         self.rows.append(row)
         write_rows(self.rows, self.out / "fsdp2_bench.csv")
         print(_line(row), flush=True)

@@ -226,6 +226,12 @@ def places(gib: float, cores: int = 3) -> int:
     return max(1, min(int(free / 1024**3 / gib), (os.cpu_count() or 1) // cores))
 
 
+def visible_gpus() -> list[str]:
+    """What names each GPU of this process in CUDA_VISIBLE_DEVICES; one where there is none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(gpu) for gpu in range(max(torch.cuda.device_count(), 1))]
+
+
 def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike, limit_s: float = LIMIT_S) -> None:
     """Run ``python3 arguments...`` once a rank, as ``torchrun --nproc_per_node=ranks`` would, for notebooks.
 

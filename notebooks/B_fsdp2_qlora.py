@@ -156,7 +156,7 @@ common = [
 
 def job(name, arguments, processes=0, gpu=0):
     """A run: alone on one of the GPUs, or one process a rank; stopped where it takes far longer than it should."""
-    environment = {} if processes else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    environment = {} if processes else {"CUDA_VISIBLE_DEVICES": ranks.visible_gpus()[gpu]}
     if at_once > 1 or not GPUS:  # threads that wait for each other are slow where a processor has other work too
         environment["OMP_NUM_THREADS"] = "2" if GPUS else "1"
     return ranks.Job(name, arguments, log_dir, processes, 7200 if large else 300 if at_once > 1 else 600, environment)
@@ -423,6 +423,17 @@ if ran:
 else:
     shown = "not run: needs two GPUs"
 shown
+
+# %% [markdown]
+# A GPU at its power limit lowers its clock until it keeps to it, and reading another GPU's memory takes power too. So where
+# the watts are at the limit, the clocks say how much of what two GPUs lose against each alone is the hardware's.
+
+# %%
+Markdown("\n".join([
+    "| run | s a step | MHz of each GPU's multiprocessors | watts | watts allowed |",
+    "|---|---|---|---|---|",
+    *(f"| {name} | {row['step_s']:.3f} | {row['sm_mhz']} | {row['watts']} | {row['limit_watts']} |" for name, row in ran.items()),
+]) if ran else "not run: needs two GPUs")  # fmt: skip
 
 # %% [markdown]
 # ## Memory of each GPU over time

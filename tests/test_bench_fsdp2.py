@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import json
+import sys
+import threading
 import time
+import types
 
 import pytest
 import torch
 
-from helpers import bench_trainer, memory, turns
+from helpers import bench_trainer, clocks, memory, turns
 from helpers.bench_fsdp2 import Bench, Case
 
 STAND_IN = """
@@ -69,6 +73,31 @@ def test_further_contenders_take_the_places_left_while_there_is_time(tmp_path):
     assert [f"{row['gpus']}:{row['contender']}" for row in rows if not row["error"]] == ["1:ours, 8-bit Adam", *further]
     events = [path.name.split(" ", 1)[1] for path in sorted(log.iterdir())]
     assert [event.split()[0] for event in events[:3]] == ["warm"] * 3 and events[-3].startswith("warm 1 ours, float32")
+
+
+def test_clocks_and_watts_are_those_of_the_named_cards_while_they_are_watched(monkeypatch):
+    reads = collections.Counter()
+
+    def clock(card, kind):
+        reads[card] += 1
+        if reads[card] == 3:
+            seen.set()
+        return 1500 + 100 * card if reads[card] > 1 else 300
+
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None, NVML_CLOCK_SM=1, nvmlDeviceGetHandleByIndex=lambda i: i, nvmlDeviceGetClockInfo=clock,
+        nvmlDeviceGetHandleByUUID={"GPU-a": 0}.get, nvmlDeviceGetPowerUsage=lambda card: 690_400,
+        nvmlDeviceGetPowerManagementLimit=lambda card: 700_000,
+    )  # fmt: skip
+    seen = threading.Event()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    with clocks.watched(["3", "GPU-a"]) as found:
+        assert seen.wait(60)
+    assert found == {"sm_mhz": "1800 1500", "watts": "690 690", "limit_watts": "700 700"}
+    fake.nvmlDeviceGetPowerUsage = None  # a card that does not say
+    with clocks.watched(["0"]) as found:
+        pass
+    assert found == {"sm_mhz": "", "watts": "", "limit_watts": ""}
 
 
 def test_an_unknown_contender_is_named():
