@@ -106,6 +106,18 @@ def loaded_bytes(model: nn.Module) -> dict[str, int]:
     }
 
 
+def shares_of(held: dict[str, int], loaded: dict[str, int], ranks: int) -> dict[str, float]:
+    """Of the bytes that a rank holds of each frozen weight at most: those beyond its equal part, and both sums in GiB.
+
+    ``loaded`` may name a tied weight twice, ``held`` does not.
+    """
+    return {
+        "beyond_share_bytes": max(held[weight] - loaded[weight] / ranks for weight in held),
+        "frozen_gib": sum(held.values()) / 1024**3,
+        "frozen_gib_loaded": sum(loaded[weight] for weight in held) / 1024**3,
+    }
+
+
 def run(
     name: str, flags: dict[str, Any], arguments: dict[str, Any], folder: Path, loaded: dict[str, int]
 ) -> dict[str, Any]:
@@ -130,8 +142,7 @@ def _measured(
     most = {weight: max(held[weight] for held in everyone) for weight in shares.held}
     return {
         "feature": name, "error": "", "losses": result.losses, "norms": [row["grad_norm"] for row in result.rows],
-        "beyond_share_bytes": max(most[weight] - loaded[weight] / len(everyone) for weight in most),
-        "frozen_gib": sum(most.values()) / 1024**3, "frozen_gib_loaded": sum(loaded.values()) / 1024**3,
+        **shares_of(most, loaded, len(everyone)),
         "parameters_on": "+".join(shares.devices), "allocated_gib": result.peak_allocated_gib,
         "tokens_per_s": sorted(row["tokens_per_s"] for row in result.rows)[len(result.rows) // 2] if result.rows else 0,
         "graph_breaks": counter.graph_breaks, "graphs": counter.compiles,

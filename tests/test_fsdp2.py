@@ -35,7 +35,7 @@ from transformers import TrainerCallback
 from helpers import checkpoints, fsdp2, zero_bubble
 from helpers import train as trainer_module
 from helpers.compile_counter import CompileCounter
-from helpers.fsdp2_features import changed_bytes
+from helpers.fsdp2_features import changed_bytes, shares_of
 from helpers.nf4_tensor import NF4Tensor
 from helpers.train import TrainArguments, train
 
@@ -467,6 +467,14 @@ def test_gathered_weights_are_the_loaded_bytes(two, three):
     for changed in found:
         assert len(changed) > 60 and sum(n for _, n in changed.values()) > 400_000
         assert not any(n for n, _ in changed.values()), {k: v for k, v in changed.items() if v[0]}
+
+
+def test_a_tied_weight_counts_once_among_those_loaded():
+    loaded = {"embed_tokens.weight": 6 * 1024**3, "lm_head.weight": 6 * 1024**3, "q_proj.weight": 2 * 1024**3}
+    held = {"embed_tokens.weight": 3 * 1024**3, "q_proj.weight": 1024**3 + 10}
+    found = shares_of(held, loaded, 2)
+    assert found["beyond_share_bytes"] == 10 and found["frozen_gib_loaded"] == 8
+    assert found["frozen_gib"] == pytest.approx(4)
 
 
 def test_embedding_and_head_are_whole_only_while_they_are_read(three):
