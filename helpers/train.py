@@ -66,13 +66,13 @@ def train(args: TrainArguments, callbacks: list[TrainerCallback] | None = None) 
     Raises:
         ValueError: an argument that cannot be honoured, before anything is loaded or written.
     """
+    host.quiet()  # before transformers warns, of a checkpointed sharded model, against what FSDP2 does not do
     args = decided(args)
     resume_from = _checked_output(args)
     sharding = _sharding(args)
     config = sft_config(args)
     gc.collect()  # an earlier run's model, which would go in the middle of this one
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    host.quiet()
     grow_segments()
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     read = not args.model.startswith("shape:")  # random weights are made on the device

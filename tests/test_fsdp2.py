@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -571,6 +572,30 @@ def test_launcher_tells_which_rank_failed_and_why(tmp_path, script, said):
     with pytest.raises(RuntimeError) as error:
         fsdp2.launch(2, ["-c", waits], tmp_path)
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_torchrun_and_accelerate_launch_start_the_same_run(tmp_path):
+    root, found = Path(__file__).parents[1], {}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    for name, launcher in (
+        ("torchrun", ["torch.distributed.run", "--nproc_per_node=2", "--master_port"]),
+        ("accelerate", ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+                        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port"]),
+    ):  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        flags = {"model": "shape:tiny", "fsdp2": True, "output_dir": tmp_path / name, "prompt": "", **ROWS}
+        command = [sys.executable, "-m", *launcher, port, "-m", "helpers.train"]
+        command += [f"--{flag}={value}" for flag, value in flags.items()]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        assert "FSDP2 over 2 ranks" in ran.stdout and ran.stdout.count("step:") == STEPS
+        assert "prefer `activation_checkpointing`" not in ran.stderr  # FSDP2 gathers a block once for both
+        assert load_file(tmp_path / name / "adapter_model.safetensors")
+        with open(tmp_path / name / "train_log.csv", newline="") as file:
+            found[name] = [(row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
+    assert found["torchrun"] == found["accelerate"] and len(found["torchrun"]) == STEPS
 
 
 def test_refusals_before_anything_starts(monkeypatch, tmp_path):
