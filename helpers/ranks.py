@@ -92,7 +92,7 @@ class Job:
         common = threads | os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self.environment)
         if self.ranks:
             common |= {"WORLD_SIZE": f"{count}", "LOCAL_WORLD_SIZE": f"{count}", "TORCHELASTIC_RUN_ID": "none",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}  # fmt: skip
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}  # fmt: skip
         self._until = time.monotonic() + self.limit_s
         atexit.register(self.stop, "was interrupted")
         for rank in range(count):
@@ -246,7 +246,8 @@ def launch(ranks: int, arguments: list[str], log_dir: str | os.PathLike, limit_s
         raise RuntimeError(failure)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -38,6 +37,8 @@ from helpers import train as trainer_module
 from helpers.compile_counter import CompileCounter
 from helpers.fsdp2_features import changed_bytes, shares_of
 from helpers.nf4_tensor import NF4Tensor
+from helpers.ranks import free_port
+from helpers.results import read_rows
 from helpers.train import TrainArguments, train
 
 STEPS = 6
@@ -289,9 +290,7 @@ LIMIT_S = 200  # until ranks that hang say where and end
 
 def in_ranks(ranks: int, calls: dict[str, tuple]) -> list[dict]:
     """Run ``calls`` (name: (function, kwargs)) in order in each of ``ranks`` processes; each rank's results by name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # CUDA cannot fork
     context.set_forkserver_preload(["helpers.train", "helpers.compiling", "peft", "datasets"])
     queue = context.Queue()
@@ -582,19 +581,16 @@ def test_torchrun_and_accelerate_launch_start_the_same_run(tmp_path):
         ("accelerate", ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
                         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port"]),
     ):  # fmt: skip
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         flags = {"model": "shape:tiny", "fsdp2": True, "output_dir": tmp_path / name, "prompt": "", **ROWS}
-        command = [sys.executable, "-m", *launcher, port, "-m", "helpers.train"]
+        command = [sys.executable, "-m", *launcher, str(free_port()), "-m", "helpers.train"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]
         ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
         assert ran.returncode == 0, ran.stderr[-2000:]
         assert "FSDP2 over 2 ranks" in ran.stdout and ran.stdout.count("step:") == STEPS
         assert "prefer `activation_checkpointing`" not in ran.stderr  # FSDP2 gathers a block once for both
         assert load_file(tmp_path / name / "adapter_model.safetensors")
-        with open(tmp_path / name / "train_log.csv", newline="") as file:
-            found[name] = [(row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
+        rows = read_rows(tmp_path / name / "train_log.csv")
+        found[name] = [(row["loss"], row["grad_norm"]) for row in rows]
     assert found["torchrun"] == found["accelerate"] and len(found["torchrun"]) == STEPS
 
 

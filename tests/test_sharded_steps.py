@@ -11,7 +11,6 @@ import faulthandler
 import functools
 import gc
 import os
-import socket
 from types import SimpleNamespace
 from unittest import mock
 
@@ -28,6 +27,7 @@ from transformers import TrainerCallback
 from helpers import checkpoints, compiled_loss, compiling
 from helpers import train as trainer_module
 from helpers.compile_counter import CompileCounter
+from helpers.ranks import free_port
 from helpers.sharded_steps import agreed
 from helpers.step_graphs import StepGraphs
 from helpers.train import train
@@ -83,10 +83,7 @@ class Counted(StepGraphs if ON_A_GPU else Recorded):
 def rank_replays(folder, ranks: int, replayed: bool, pad_to: int = 8, resume: bool = False, **more) -> dict:
     """Train with ``replayed`` steps, or the same steps otherwise."""
     if ranks == 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        here = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        here = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
         os.environ.update({k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)  # of each run
     torch._dynamo.reset()
